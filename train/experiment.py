@@ -1,0 +1,204 @@
+"""What a run is: one frozen dataclass, made by a recipe, and the protocols of its parts.
+
+An Experiment is complete: with the seed it determines the run. Where a run is placed (mesh, hosts, folder) is not
+part of it and may differ from start to start.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+
+import jax
+import numpy as np
+from flax import nnx
+
+Batch = dict[str, jax.Array]
+
+
+class Loss(NamedTuple):
+    """An objective's answer for one (micro-)batch: plain sums, divided once, after every micro-batch and host.
+
+    total: sum of the losses [], float32.  weight: what `total` is divided by (tokens, images) [], float32.
+    metrics: further sums [] by name, for `Objective.summary` to make ratios of.
+    """
+
+    total: jax.Array
+    weight: jax.Array
+    metrics: dict[str, jax.Array]
+
+
+class ModelConfig(Protocol):
+    """A frozen dataclass in zoo/models/; knows its module, its size and its cost."""
+
+    def build(self, rngs: nnx.Rngs) -> nnx.Module: ...
+
+    def forward_flops(self, shape: tuple[int, ...]) -> float:
+        """FLOPs of one example's forward pass, `shape` its input ((T,) or (Y, X, C)); a multiply-add is two.
+
+        Matrix products and convolutions alone; causal attention counted as half.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a person is told of a data set. `sha256` is over the bytes of its examples, in order."""
+
+    name: str
+    sha256: str
+    examples: int
+    bytes: int
+    detail: str = ""
+
+
+class Dataset(Protocol):
+    """One split, as a pure function of its index: nothing to rewind, and no process count in the order.
+
+    batches: number of batches of one pass (validation walks them once; training goes on past them, epoch by epoch).
+    """
+
+    info: DataInfo
+    batches: int
+
+    def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
+        """Rows `rows` of global batch `step`; leading axis len(rows). What pads a last batch has weight 0."""
+        ...
+
+
+class DataConfig(Protocol):
+    """A frozen dataclass that names a data set and how it is cut into examples."""
+
+    unit: str
+    """What throughput counts: "tokens" or "images"."""
+
+    def prepare(self) -> None:
+        """Downloads, writes or indexes what is not there yet. Called on the first process alone; the others wait."""
+        ...
+
+    def open(self, split: str, *, batch_size: int, seed: int) -> Dataset:
+        """`split` is "train" (shuffled by seed) or "validation" (in order)."""
+        ...
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        """(T,) for text, (Y, X, C) for images."""
+        ...
+
+    def fit(self, model: Any) -> Any:
+        """`model` (its config) with what only the data knows, such as the vocabulary of a tokenizer; called after prepare."""
+        ...
+
+
+class Objective(Protocol):
+    """A frozen dataclass: a loss over batches, and the figures a person reads off its sums."""
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        """`key` None means evaluation: no dropout, and any noise drawn from fixed keys."""
+        ...
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Readable figures from sums over any number of batches; has at least "loss"."""
+        ...
+
+
+class Sampler(Protocol):
+    """A frozen dataclass: what a trained model shows, and its command-line options for `zoo sample`."""
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Draws from `model`; returns text, or the path of the picture that it wrote below `folder`.
+
+        `emit` receives text piece by piece while it is made, where the sampler can.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Named optimizer and schedule: linear warm-up, then cosine to `final_fraction` of the peak.
+
+    name: "adamw", "muon", or any optimizer of optax by its name. weight_decay spares biases and norms.
+    """
+
+    name: str = "adamw"
+    learning_rate: float = 3e-4
+    warmup_steps: int = 100
+    schedule: str = "cosine"
+    final_fraction: float = 0.1
+    weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    clip_norm: float | None = 1.0
+    moment_dtype: str | None = None
+
+
+M = TypeVar("M", bound=Any)
+D = TypeVar("D", bound=Any)
+O = TypeVar("O", bound=Any)  # noqa: E741
+S = TypeVar("S", bound=Any)
+
+
+@dataclass(frozen=True)
+class Experiment(Generic[M, D, O, S]):
+    """A run. Every field defines it: a run folder whose experiment differs in one is another run.
+
+    batch_size counts examples over all devices; each step averages `accumulate` micro-batches of
+    batch_size / accumulate examples. compute is the dtype of products: "auto" is bfloat16 on accelerators, else float32.
+    """
+
+    name: str
+    model: M
+    data: D
+    objective: O
+    sampler: S
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    steps: int = 1000
+    batch_size: int = 32
+    accumulate: int = 1
+    seed: int = 0
+    compute: str = "auto"
+    ema: float | None = None
+    max_bad_steps: int = 10
+    log_every: int = 10
+    eval_every: int = 500
+    checkpoint_every: int = 500
+    keep_last: int = 2
+    keep_every: int | None = None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how a run is started; may differ at each start.
+
+    run: folder of the run, created or resumed (None: a new one below ./runs). mesh: "data=2,fsdp=2,tensor=2"
+    (None: all devices on data). simulate_devices: CPU devices for this process's machine. simulate_hosts: that many
+    local processes, the devices divided between them.
+    """
+
+    run: Path | None = None
+    mesh: str | None = None
+    simulate_devices: int | None = None
+    simulate_hosts: int = 1
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    tensorboard: bool = False
+    compile_cache: bool = True
+
+
+class UserError(Exception):
+    """What a person can mend: one line that names the thing, the value and the mend. The command exits with 2."""
+
+
+def differing_fields(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """Lines "field: a -> b" for each leaf in which two experiments differ."""
+    if dataclasses.is_dataclass(a) and type(a) is type(b):
+        return [
+            line
+            for f in dataclasses.fields(a)
+            for line in differing_fields(getattr(a, f.name), getattr(b, f.name), f"{prefix}{f.name}.")
+        ]
+    return [] if a == b else [f"{prefix[:-1]}: {a!r} -> {b!r}"]

@@ -1,0 +1,1 @@
+"""flaxzoo: an accelerator-first model zoo in JAX and Flax."""
