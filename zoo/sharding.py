@@ -101,18 +101,21 @@ def make_mesh(sizes: Mapping[str, int] | str | None = None, devices: Sequence[ja
             f"mesh {named} needs {math.prod(shape)} devices and there are {len(devices)}: "
             f"choose sizes whose product is {len(devices)}"
         )
+    grid = device_grid(shape, devices)
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def device_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
+    """Devices in the shape of a mesh, neighbours on the network near each other, slices outermost on `data`."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    else:
-        if sizes.get("data", 1) % slices:
-            raise ShardingError(
-                f"mesh axis data={sizes.get('data', 1)} does not divide over {slices} slices: make data a multiple of it"
-            )
-        inner = (shape[0] // slices, *shape[1:])
-        outer = (slices,) + (1,) * (len(shape) - 1)
-        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
-    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if shape[0] % slices:
+        raise ShardingError(
+            f"mesh axis data={shape[0]} does not divide over {slices} slices: make data a multiple of {slices}"
+        )
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices,) + (1,) * (len(shape) - 1)
+    return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
 
 
 @contextlib.contextmanager
