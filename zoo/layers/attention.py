@@ -1,0 +1,147 @@
+"""Multi-head attention with grouped queries, for self- and cross-attention, and its cache of keys and values."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.kernels import Mask, attention
+from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
+from zoo.layers.positions import Rotary
+from zoo.sharding import constrain
+
+_HEADS = ("act_batch", "act_length", "act_heads", "act_head_dim")
+_KV_HEADS = ("act_batch", "act_length", "act_kv_heads", "act_head_dim")
+_SLOTS = ("act_batch", None, "act_kv_heads", "act_head_dim")
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "lengths"), meta_fields=())
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values seen so far. Row b holds `lengths[b]` of them, in its first slots; the others are not read.
+
+    keys, values: [B, S, K, H].  lengths: [B] int32.  In the cache of a stack, each has a leading axis of layers.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+    lengths: jax.Array
+
+    def appended(self, keys: jax.Array, values: jax.Array) -> "KVCache":
+        """With keys and values [B, T, K, H] in the T slots after each row's length. There must be that many left."""
+
+        @jax.vmap
+        def write(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (start, 0, 0))
+
+        added = keys.shape[1]
+        keys = constrain(write(self.keys, keys, self.lengths), *_SLOTS)
+        values = constrain(write(self.values, values, self.lengths), *_SLOTS)
+        return KVCache(keys, values, self.lengths + added)
+
+    def cut(self, lengths: jax.Array) -> "KVCache":
+        """With the first lengths [B] entries of each row alone: forgets padding that was appended after a prompt."""
+        return dataclasses.replace(self, lengths=jnp.broadcast_to(lengths, self.lengths.shape))
+
+
+class AttentionOutput(NamedTuple):
+    """output: [B, T, D].  cache: the one given, with what this call appended."""
+
+    output: jax.Array
+    cache: KVCache | None
+
+
+class MultiHeadAttention(nnx.Module):
+    """softmax(q k^T / sqrt(H)) v with N query heads over K key/value heads (Vaswani et al. 2017; Ainslie et al. 2023).
+
+    kv_width: width of what keys and values are made from, where it is not the queries' (cross-attention).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        *,
+        rngs: nnx.Rngs,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kv_width: int | None = None,
+        rotary: Rotary | None = None,
+        bias: bool = True,
+        dropout: float = 0.0,
+        precision: Precision = Precision(),
+        init: Initializer = normal(0.02),
+        out_init: Initializer | None = None,
+    ):
+        num_kv_heads = num_kv_heads or num_heads
+        if num_heads % num_kv_heads:
+            raise LayerError(f"num_heads {num_heads} is no multiple of num_kv_heads {num_kv_heads}: choose a divisor")
+        if head_dim is None and width % num_heads:
+            raise LayerError(f"width {width} is no multiple of num_heads {num_heads}: choose another or give head_dim")
+        head_dim = head_dim or width // num_heads
+        self.num_kv_heads, self.head_dim, self.rotary, self.dropout = num_kv_heads, head_dim, rotary, dropout
+        self.compute = precision.compute
+        linear = partial(Linear, rngs=rngs, precision=precision, bias=bias)
+        kv_shape, kv_axes = (num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
+        self.query = linear(width, (num_heads, head_dim), axes=("embed", "heads", "head_dim"), init=init)
+        self.key = linear(kv_width or width, kv_shape, axes=kv_axes, init=init)
+        self.value = linear(kv_width or width, kv_shape, axes=kv_axes, init=init)
+        self.out = linear((num_heads, head_dim), width, axes=("heads", "head_dim", "embed"), init=out_init or init)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        kv: jax.Array | KVCache | None = None,
+        *,
+        mask: Mask = Mask(),
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> AttentionOutput:
+        """x [B, T, D] attends to itself, or to `kv`: [B, S, E], or what `keys_and_values` made of it once.
+
+        cache: keys and values of earlier calls; those of x are appended, and x attends to all. Masks then compare
+            slots: query t of row b stands at slot lengths[b] + t.
+        positions: [B, T], for rotary positions; counted from 0, or from the cache's lengths, unless given.
+        key: for dropout of attention weights; None drops nothing.
+        """
+        q = constrain(self.query(x), *_HEADS)
+        if kv is None:
+            start = 0 if cache is None else cache.lengths[:, None]
+            slots = start + jnp.arange(x.shape[1])[None]
+            k, v = self._project(x)
+            if self.rotary is not None:
+                positions = slots if positions is None else positions
+                q, k = self.rotary(q, positions), self.rotary(k, positions)
+            if cache is not None:
+                cache = cache.appended(k, v)
+                k, v = cache.keys, cache.values
+                mask = mask & Mask(positions=(slots, jnp.arange(k.shape[1])[None]), lengths=cache.lengths)
+        else:
+            held = kv if isinstance(kv, KVCache) else self.keys_and_values(kv)
+            k, v = held.keys, held.values
+            if isinstance(kv, KVCache):
+                mask = mask & Mask(lengths=held.lengths)
+        dropout = 0.0 if key is None else self.dropout
+        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, dropout=dropout, dropout_key=key)
+        y = constrain(y, *_HEADS)
+        return AttentionOutput(constrain(self.out(y), "act_batch", "act_length", "act_embed"), cache)
+
+    def keys_and_values(self, kv: jax.Array, lengths: jax.Array | None = None) -> KVCache:
+        """The keys and values of kv [B, S, E], of which the first lengths [B] of each row are real (default: all)."""
+        k, v = self._project(kv)
+        lengths = jnp.full(kv.shape[0], kv.shape[1], jnp.int32) if lengths is None else lengths
+        return KVCache(k, v, lengths)
+
+    def init_cache(self, batch_size: int, slots: int) -> KVCache:
+        """An empty cache with room for `slots` keys and values a row, in the compute dtype."""
+        slots_shape = (batch_size, slots, self.num_kv_heads, self.head_dim)
+        zeros = constrain(jnp.zeros(slots_shape, jnp.dtype(self.compute)), *_SLOTS)
+        return KVCache(zeros, zeros, jnp.zeros(batch_size, jnp.int32))
+
+    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return constrain(self.key(x), *_KV_HEADS), constrain(self.value(x), *_KV_HEADS)

@@ -1,0 +1,140 @@
+"""Two-dimensional convolution over images [B, Y, X, C] with written gradients, and group normalisation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.layers.linear import Initializer, Precision
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+fan_average = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+"""U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010): what DDPM's networks start from."""
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, precision: Precision) -> jax.Array:
+    """x [B, Y, X, I] with kernel [Ky, Kx, I, O], summed in float32: [B, Y', X', O] in the compute dtype.
+
+    padding: zeros before and after each of Y and X. As deep learning has it, the kernel is not flipped.
+    """
+    y = _convolve(x, kernel, ("NHWC", "HWIO", "NHWC"), precision, padding, stride=stride)
+    return y.astype(precision.compute)
+
+
+def _forward(
+    x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, precision: Precision
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return convolve(x, kernel, stride, padding, precision), (x, kernel)
+
+
+def _backward(
+    stride: int, padding: Padding, precision: Precision, residuals: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Both gradients are convolutions of dy, spread out by the stride: with the turned kernel, and with x."""
+    x, kernel = residuals
+    x_padding, kernel_padding = [], []
+    for (before, _), size, window, outputs in zip(padding, x.shape[1:3], kernel.shape[:2], dy.shape[1:3], strict=True):
+        spread = (outputs - 1) * stride + 1
+        x_padding.append((window - 1 - before, size - spread + before))
+        kernel_padding.append((before, window - 1 + spread - size - before))
+    turned = kernel[::-1, ::-1]
+    dx = _convolve(dy, turned, ("NHWC", "HWOI", "NHWC"), precision, x_padding, spread_lhs=stride)
+    dkernel = _convolve(x, dy, ("CHWN", "IHWO", "HWNC"), precision, kernel_padding, spread_rhs=stride)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+
+convolve.defvjp(_forward, _backward)
+
+
+def _convolve(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    layouts: tuple[str, str, str],
+    precision: Precision,
+    padding: Padding | list[tuple[int, int]],
+    *,
+    stride: int = 1,
+    spread_lhs: int = 1,
+    spread_rhs: int = 1,
+) -> jax.Array:
+    """A convolution of compute-dtype operands in the given layouts; float32.
+
+    On CPUs the operands are transposed to NHWC and HWIO first: inside a loop (accumulation of gradients is one) XLA has
+    a fast convolution for these alone, and any other order is some hundred times slower. Elsewhere the order is part of
+    what the compiler recognises a gradient by, and stays.
+    """
+    convolution = partial(
+        jax.lax.conv_general_dilated,
+        window_strides=(stride, stride),
+        padding=padding,
+        lhs_dilation=(spread_lhs, spread_lhs),
+        rhs_dilation=(spread_rhs, spread_rhs),
+        precision=precision.products,
+        preferred_element_type=jnp.float32,
+    )
+
+    def direct(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return convolution(lhs, rhs, dimension_numbers=layouts)
+
+    def transposed(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        lhs = lhs.transpose([layouts[0].index(axis) for axis in "NHWC"])
+        rhs = rhs.transpose([layouts[1].index(axis) for axis in "HWIO"])
+        y = convolution(lhs, rhs, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return y.transpose(["NHWC".index(axis) for axis in layouts[2]])
+
+    lhs, rhs = lhs.astype(precision.compute), rhs.astype(precision.compute)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=transposed, default=direct)
+
+
+class Conv(nnx.Module):
+    """A square convolution with bias. Channels of images themselves (1, 3, 4) name no axis: nothing divides them.
+
+    padding: "same" keeps the size at stride 1; with stride 2 it halves it, the zeros standing after the image.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        rngs: nnx.Rngs,
+        size: int = 3,
+        stride: int = 1,
+        in_axis: str | None = "conv_in",
+        out_axis: str | None = "conv_out",
+        precision: Precision = Precision(),
+        init: Initializer = fan_average,
+    ):
+        self.size, self.stride, self.precision = size, stride, precision
+        dtype = jnp.dtype(precision.parameters)
+        kernel = init(rngs.params(), (size, size, in_channels, out_channels), dtype)
+        self.kernel = nnx.Param(kernel, axes=("kernel_y", "kernel_x", in_axis, out_axis))
+        self.bias = nnx.Param(jnp.zeros(out_channels, dtype), axes=(out_axis,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        total = self.size - self.stride
+        around = (total // 2, total - total // 2)
+        y = convolve(x, self.kernel[...], self.stride, (around, around), self.precision)
+        return y + self.bias[...].astype(y.dtype)
+
+
+class GroupNorm(nnx.Module):
+    """Normalises each image over its area and each of `groups` runs of channels (Wu and He 2018), in float32."""
+
+    def __init__(self, channels: int, groups: int, *, epsilon: float = 1e-6, precision: Precision = Precision()):
+        if channels % groups:
+            raise ValueError(f"{channels} channels do not divide into {groups} groups: choose a divisor of {channels}")
+        self.groups, self.epsilon, self.compute = groups, epsilon, precision.compute
+        dtype = jnp.dtype(precision.parameters)
+        self.scale = nnx.Param(jnp.ones(channels, dtype), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(channels, dtype), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
+        centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
+        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
+        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
+        return (y * self.scale[...] + self.bias[...]).astype(self.compute)

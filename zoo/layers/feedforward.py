@@ -1,0 +1,63 @@
+"""Position-wise feed-forward networks, plain and gated."""
+
+from collections.abc import Callable
+from functools import partial
+
+import jax
+from flax import nnx
+
+from zoo.layers.dropout import dropout
+from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
+from zoo.sharding import constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+}
+
+
+class FeedForward(nnx.Module):
+    """down(f(up(x))), or gated, down(f(gate(x)) * up(x)) (Shazeer 2020), over x [B, T, D] with F hidden features.
+
+    activation: a name in ACTIVATIONS; "gelu_tanh" is the approximation that GPT-2 was trained with.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        mlp_width: int,
+        *,
+        rngs: nnx.Rngs,
+        activation: str = "gelu_tanh",
+        gated: bool = False,
+        bias: bool = True,
+        dropout: float = 0.0,
+        precision: Precision = Precision(),
+        init: Initializer = normal(0.02),
+        out_init: Initializer | None = None,
+    ):
+        if activation not in ACTIVATIONS:
+            raise LayerError(f"activation {activation!r} is unknown: choose one of {', '.join(ACTIVATIONS)}")
+        self.activation, self.dropout = activation, dropout
+        into = partial(
+            Linear, width, mlp_width, axes=("embed", "mlp"), rngs=rngs, precision=precision, bias=bias, init=init
+        )
+        self.up = into()
+        self.gate = into() if gated else None
+        self.down = Linear(
+            mlp_width,
+            width,
+            axes=("mlp", "embed"),
+            rngs=rngs,
+            precision=precision,
+            bias=bias,
+            init=out_init or init,
+        )
+
+    def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        f = ACTIVATIONS[self.activation]
+        up = constrain(self.up(x), "act_batch", "act_length", "act_mlp")
+        hidden = f(up) if self.gate is None else f(self.gate(x)) * up
+        return self.down(dropout(hidden, self.dropout, key))

@@ -1,0 +1,39 @@
+"""Normalisations over the last axis, with float32 statistics."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.layers.linear import Precision
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over x [..., D] (Ba et al. 2016); the variance is biased."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-5, bias: bool = True, precision: Precision = Precision()):
+        self.epsilon, self.compute = epsilon, precision.compute
+        dtype = jnp.dtype(precision.parameters)
+        self.scale = nnx.Param(jnp.ones(width, dtype), axes=("norm",))
+        self.bias = nnx.Param(jnp.zeros(width, dtype), axes=("norm",)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        centred = x - x.mean(-1, keepdims=True)
+        variance = jnp.square(centred).mean(-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        if self.bias is not None:
+            y = y + self.bias[...]
+        return y.astype(self.compute)
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + epsilon) * scale over x [..., D] (Zhang and Sennrich 2019)."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6, precision: Precision = Precision()):
+        self.epsilon, self.compute = epsilon, precision.compute
+        self.scale = nnx.Param(jnp.ones(width, jnp.dtype(precision.parameters)), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x.astype(jnp.float32)
+        mean_square = jnp.square(x).mean(-1, keepdims=True)
+        return (x * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...]).astype(self.compute)

@@ -1,0 +1,181 @@
+"""Transformer blocks, and stacks of them that compile as one block whatever their depth."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.kernels import Mask
+from zoo.layers.attention import KVCache, MultiHeadAttention
+from zoo.layers.dropout import dropout, split
+from zoo.layers.feedforward import FeedForward
+from zoo.layers.linear import LayerError
+from zoo.sharding import constrain, is_variable
+
+REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
+    "none": None,
+    "products": jax.checkpoint_policies.save_only_these_names("product", "attention_output", "attention_lse"),
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse"),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+"""What the backward pass finds saved: everything, matrix products and attention, attention alone, blocks' inputs."""
+
+
+class BlockOutput(NamedTuple):
+    """x: [B, T, D].  cache: the one given, with what this call appended."""
+
+    x: jax.Array
+    cache: KVCache | None
+
+
+class Block(nnx.Module):
+    """Self-attention, optional cross-attention and feed-forward, each a residual branch with dropout.
+
+    norm makes a normalisation for each branch. It stands before the branch (norm_first: x + f(norm(x)), GPT-2) or after
+    the sum (norm(x + f(x)), Vaswani et al. 2017).
+    """
+
+    def __init__(
+        self,
+        attention: MultiHeadAttention,
+        feedforward: FeedForward,
+        norm: Callable[[], nnx.Module],
+        *,
+        cross_attention: MultiHeadAttention | None = None,
+        norm_first: bool = True,
+        dropout: float = 0.0,
+    ):
+        self.norm_first, self.dropout = norm_first, dropout
+        self.attention_norm, self.attention = norm(), attention
+        self.cross_norm = None if cross_attention is None else norm()
+        self.cross_attention = cross_attention
+        self.feedforward_norm, self.feedforward = norm(), feedforward
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        mask: Mask = Mask(),
+        context: jax.Array | KVCache | None = None,
+        context_mask: Mask = Mask(),
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> BlockOutput:
+        """x [B, T, D]; context: what cross-attention attends to, [B, S, E]. The rest is as in MultiHeadAttention."""
+        self_key, cross_key, mlp_key, *branch_keys = split(key, 6)
+
+        def self_attention(x: jax.Array) -> jax.Array:
+            nonlocal cache
+            y, cache = self.attention(x, mask=mask, cache=cache, positions=positions, key=self_key)
+            return y
+
+        def cross_attention(x: jax.Array) -> jax.Array:
+            return self.cross_attention(x, context, mask=context_mask, key=cross_key).output
+
+        x = self._branch(x, self.attention_norm, self_attention, branch_keys[0])
+        if self.cross_attention is not None:
+            x = self._branch(x, self.cross_norm, cross_attention, branch_keys[1])
+        x = self._branch(x, self.feedforward_norm, lambda x: self.feedforward(x, key=mlp_key), branch_keys[2])
+        return BlockOutput(x, cache)
+
+    def _branch(
+        self, x: jax.Array, norm: nnx.Module, f: Callable[[jax.Array], jax.Array], key: jax.Array | None
+    ) -> jax.Array:
+        if self.norm_first:
+            x = x + dropout(f(norm(x)), self.dropout, key)
+        else:
+            x = norm(x + dropout(f(x), self.dropout, key))
+        return constrain(x, "act_batch", "act_length", "act_embed")
+
+
+class Stack(nnx.Module):
+    """`num_layers` blocks as one scan over periods of `period` blocks, so that compile time does not grow with depth.
+
+    make builds one block. Its parameters gain a leading axis "layers" of num_layers / period; block j of period i is
+    layer i * period + j. remat names what the backward pass keeps, see REMAT_POLICIES.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[nnx.Rngs], Block],
+        num_layers: int,
+        *,
+        rngs: nnx.Rngs,
+        period: int = 1,
+        remat: str = "none",
+    ):
+        if num_layers % period:
+            raise LayerError(f"num_layers {num_layers} is no multiple of the period {period}: choose a multiple of it")
+        if remat not in REMAT_POLICIES:
+            raise LayerError(f"remat {remat!r} is unknown: choose one of {', '.join(REMAT_POLICIES)}")
+        self.num_layers, self.period, self.remat = num_layers, period, remat
+
+        def make_period(key: jax.Array) -> nnx.List:
+            block_rngs = nnx.Rngs(key)
+            return nnx.List([make(block_rngs) for _ in range(period)])
+
+        keys = jax.random.split(rngs.params(), num_layers // period)
+        self.blocks = with_layers_axis(jax.vmap(make_period)(keys))
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        masks: Sequence[Mask] = (Mask(),),
+        context: jax.Array | None = None,
+        context_mask: Mask = Mask(),
+        cache: KVCache | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+    ) -> BlockOutput:
+        """x [B, T, D] through all blocks; masks holds one Mask for each block of the period. cache: of init_cache."""
+        keys = None if key is None else jax.random.split(key, (self.num_layers // self.period, self.period))
+
+        def run_period(carry: BlockOutput, xs: tuple) -> tuple[BlockOutput, None]:
+            x, cache = carry
+            index, blocks, keys = xs
+            for j, (block, mask) in enumerate(zip(blocks, masks, strict=True)):
+                layer = index * self.period + j
+                x, updated = block(
+                    x,
+                    mask=mask,
+                    context=context,
+                    context_mask=context_mask,
+                    cache=_layer(cache, layer),
+                    positions=positions,
+                    key=None if keys is None else keys[j],
+                )
+                cache = _with_layer(cache, updated, layer)
+            return BlockOutput(x, cache), None
+
+        if self.remat != "none":
+            run_period = jax.checkpoint(run_period, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+        indices = jnp.arange(self.num_layers // self.period)
+        return jax.lax.scan(run_period, BlockOutput(x, cache), (indices, self.blocks, keys))[0]
+
+    def init_cache(self, batch_size: int, slots: int) -> KVCache:
+        """An empty cache of all layers, [L, B, slots, K, H]."""
+        one = self.blocks[0].attention.init_cache(batch_size, slots)
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
+
+
+def with_layers_axis(stacked: nnx.Module) -> nnx.Module:
+    """`stacked`, made by jax.vmap, with "layers" in front of the logical axes of every parameter."""
+
+    def one(variable: nnx.Variable) -> nnx.Variable:
+        metadata = variable.get_metadata()
+        return type(variable)(variable.get_value(), **(metadata | {"axes": ("layers", *metadata["axes"])}))
+
+    return jax.tree.map(one, stacked, is_leaf=is_variable)
+
+
+# The cache is carried, not scanned over: a scan would hold both the old and the new one whole.
+def _layer(cache: KVCache | None, layer: jax.Array) -> KVCache | None:
+    return jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, layer, keepdims=False), cache)
+
+
+def _with_layer(cache: KVCache | None, updated: KVCache | None, layer: jax.Array) -> KVCache | None:
+    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, 0), cache, updated)
