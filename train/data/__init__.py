@@ -1,0 +1,1 @@
+"""Data sets as pure functions of (seed, step, rows), and what prepares and feeds them."""

@@ -1,0 +1,147 @@
+"""Text data sets: the configuration that a person writes, and what it opens."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from zoo.train.data import corpus
+from zoo.train.data.cache import cache_dir, prepared
+from zoo.train.data.corpus import Corpus
+from zoo.train.data.documents import TextSource, text_source
+from zoo.train.data.packing import PackedText
+from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
+from zoo.train.experiment import DataInfo, UserError
+
+_BPE_CHARACTERS = 256 << 20  # of training text that a byte-pair encoding is trained on, at most
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Packed sequences of text."""
+
+    source: str = "python_docs"
+    """python_docs (the language reference of this Python), a TFDS name[/config][:version], or a file or folder of .txt
+    and .jsonl."""
+    length: int = 256
+    """Tokens in a sequence."""
+    tokenizer: str = "bytes"
+    """bytes, or the path of a Hugging Face tokenizer.json."""
+    train_bpe: int | None = None
+    """Train a byte-pair encoding of this vocabulary size on the training text, and use it."""
+    text_field: str = "text"
+    """What holds the text in JSON lines and in TFDS features."""
+    validation_fraction: float = 0.1
+    """Share of the text held out where the data has no validation split of its own."""
+
+    unit: ClassVar[str] = "tokens"
+
+    def prepare(self) -> None:
+        """Writes the TFDS data set, the tokenizer and the token files that are not in the cache yet."""
+        self._corpus()
+
+    def open(self, split: str, *, batch_size: int, seed: int) -> PackedText:
+        """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
+        found = self._corpus()
+        info = found.splits[split]
+        if info.tokens < self.length:
+            raise UserError(
+                f"the {split} text of {self.source} is {info.tokens} tokens, less than one sequence of {self.length}: "
+                f"lower --data.length{', or raise --data.validation-fraction' if split == 'validation' else ''}"
+            )
+        described = DataInfo(
+            name=self._source().name,
+            sha256=info.sha256,
+            examples=info.documents,
+            bytes=info.bytes,
+            detail=self._detail(split, found),
+        )
+        return PackedText(
+            info=described,
+            tokens=found.token_file(split),
+            byte_lengths=found.byte_lengths,
+            end_of_text=found.end_of_text,
+            length=self.length,
+            batch_size=batch_size,
+            seed=seed if split == "train" else None,
+        )
+
+    @property
+    def example_shape(self) -> tuple[int, ...]:
+        return (self.length,)
+
+    def fit(self, model: Any) -> Any:
+        """`model` with the vocabulary of the data; raises UserError where a sequence is longer than its positions."""
+        limit = getattr(model, "max_length", None)
+        if limit is not None and self.length > limit:
+            raise UserError(
+                f"sequence length {self.length} is longer than the model's {limit} positions: lower --data.length or "
+                "raise --model.max-length"
+            )
+        size = self._corpus().vocab_size
+        return model if model.vocab_size == size else replace(model, vocab_size=size)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer; one to be trained is trained if it is not in the cache."""
+        path = self.tokenizer_file()
+        return ByteTokenizer() if path is None else FileTokenizer(path)
+
+    def tokenizer_file(self) -> Path | None:
+        """The tokenizer.json in use, None for bytes. A run that keeps a copy can be sampled on another machine."""
+        if self.train_bpe is not None:
+            return self._trained_bpe(self.train_bpe)
+        return None if self.tokenizer == "bytes" else Path(self.tokenizer).expanduser()
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The documents of "train" or "validation", read again from the source."""
+        return (text for text in self._source().documents(split) if text)
+
+    def _source(self) -> TextSource:
+        return text_source(self.source, self.text_field, self.validation_fraction)
+
+    def _corpus(self) -> Corpus:
+        if self.length < 2:
+            raise UserError(f"sequence length {self.length} is too short: --data.length needs at least 2")
+        source = self._source()
+        tokenizer = self.load_tokenizer()
+        name = _digest(corpus.FORMAT, source.fingerprint(), tokenizer.fingerprint())
+        folder = prepared(
+            cache_dir() / "text" / name, corpus.complete, lambda partial: corpus.write(partial, source, tokenizer)
+        )
+        return Corpus.load(folder)
+
+    def _trained_bpe(self, vocab_size: int) -> Path:
+        if self.tokenizer != "bytes":
+            raise UserError(
+                f"--data.train-bpe {vocab_size} and --data.tokenizer {self.tokenizer} exclude each other: give one"
+            )
+        source = self._source()
+        folder = cache_dir() / "tokenizers" / _digest(corpus.FORMAT, source.fingerprint(), vocab_size)
+
+        def train(partial: Path) -> None:
+            train_bpe(_limited(source.documents("train")), vocab_size, partial / "tokenizer.json")
+
+        return prepared(folder, lambda made: (made / "tokenizer.json").is_file(), train) / "tokenizer.json"
+
+    def _detail(self, split: str, found: Corpus) -> str:
+        info = found.splits[split]
+        parts = [f"{info.documents:,} documents", f"{info.tokens:,} tokens of a vocabulary of {found.vocab_size:,}"]
+        if info.table_bytes != info.bytes:
+            parts.append(f"tokens account for {info.table_bytes / info.bytes:.2%} of the bytes")
+        return ", ".join(parts)
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _limited(texts: Iterable[str]) -> Iterator[str]:
+    """Texts until `_BPE_CHARACTERS` are reached."""
+    left = _BPE_CHARACTERS
+    for text in texts:
+        yield text
+        left -= len(text)
+        if left <= 0:
+            return
