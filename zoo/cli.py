@@ -1,0 +1,86 @@
+"""The command `zoo`: finds the verb, and answers what a person got wrong in one line."""
+
+import difflib
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+# Verb to the module whose `main(arguments) -> exit code` it is; imported when used, so that help comes at once.
+VERBS = {
+    "train": "zoo.commands.train",
+    "sample": "zoo.commands.sample",
+    "eval": "zoo.commands.evaluate",
+    "list": "zoo.commands.list",
+    "doctor": "zoo.commands.doctor",
+}
+
+HELP = """\
+usage: zoo VERB ...
+
+  zoo train RECIPE [flags]   train a recipe; --run FOLDER names the run, and resumes it if it exists
+  zoo sample RUN [flags]     draw from a trained model
+  zoo eval RUN [flags]       held-out figures of a run
+  zoo list                   recipes, models and their presets
+  zoo doctor                 devices, versions and what is missing on this machine
+
+  zoo VERB --help            the flags of a verb (zoo train RECIPE --help: of a recipe)
+  --debug                    with any verb: a full traceback on errors
+
+To begin: zoo train gpt-nano
+"""
+
+BUG = 1
+USER_ERROR = 2
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns its exit code: 2 where a person can mend it, 1 where we must, 130 if interrupted."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0
+    if arguments[0] == "--version":
+        from zoo import __version__
+
+        print(f"flaxzoo {__version__}")
+        return 0
+    verb, *rest = arguments
+    if verb not in VERBS:
+        nearest = difflib.get_close_matches(verb, VERBS, n=1, cutoff=0.0)[0]
+        print(f"zoo: unknown verb {verb!r}: did you mean {nearest}? (zoo --help)", file=sys.stderr)
+        return USER_ERROR
+    try:
+        return importlib.import_module(VERBS[verb]).main(rest)
+    except KeyboardInterrupt:
+        print("zoo: interrupted", file=sys.stderr)
+        return _leave(INTERRUPTED)
+    except Exception as error:
+        mine = not _is_for_a_person(error)
+        if mine or debug:
+            traceback.print_exc()
+        else:
+            print(f"zoo: {' '.join(str(error).split())}", file=sys.stderr)
+        return _leave(BUG if mine else USER_ERROR)
+
+
+def _leave(code: int) -> int:
+    """Exit code `code`, at once if other processes take part: JAX would wait minutes for them to end as well."""
+    jax = sys.modules.get("jax")
+    if jax is not None and jax.distributed.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _is_for_a_person(error: Exception) -> bool:
+    """UserError, the ValueErrors of our own classes, and what the system says of files (a full disk, no permission)."""
+    if isinstance(error, OSError):
+        return True
+    ours = type(error).__module__.partition(".")[0] == "zoo"
+    return ours and (isinstance(error, ValueError) or type(error).__name__ == "UserError")
