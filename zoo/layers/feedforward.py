@@ -57,7 +57,14 @@ class FeedForward(nnx.Module):
         )
 
     def __call__(self, x: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
-        f = ACTIVATIONS[self.activation]
         up = constrain(self.up(x), "act_batch", "act_length", "act_mlp")
-        hidden = f(up) if self.gate is None else f(self.gate(x)) * up
-        return self.down(dropout(hidden, self.dropout, key))
+        gate = None if self.gate is None else constrain(self.gate(x), "act_batch", "act_length", "act_mlp")
+
+        def activate_and_project(up: jax.Array, gate: jax.Array | None) -> jax.Array:
+            f = ACTIVATIONS[self.activation]
+            hidden = f(up) if gate is None else f(gate) * up
+            return self.down(dropout(hidden, self.dropout, key))
+
+        # The backward pass keeps the inputs of the activation, and makes its output and slope from them again: cheap,
+        # and the widest arrays of a block are held once instead of several times. Its product is not repeated.
+        return jax.checkpoint(activate_and_project, prevent_cse=False)(up, gate)

@@ -39,33 +39,44 @@ def normal(stddev: float) -> Initializer:
     return jax.nn.initializers.normal(stddev)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3,))
-def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None, precision: Precision) -> jax.Array:
-    """x [..., I] @ weight [I, O] + bias [O], summed in float32: [..., O] in the compute dtype.
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def affine(x: jax.Array, kernel: jax.Array, bias: jax.Array | None, in_rank: int, precision: Precision) -> jax.Array:
+    """x [..., *in] contracted with kernel [*in, *out], plus bias [*out]: [..., *out] in the compute dtype.
 
-    Written with its own cotangents so that they too are products of compute-dtype operands with float32 sums (on CPUs,
-    bfloat16 x bfloat16 -> float32 runs at twice the speed of anything else), and so that gradients arrive in the dtype
-    of the parameters: rounded nowhere, reduced across devices in float32. The leading axes of x are not merged, because
-    the compiler does that where it may, and may not where both are sharded.
+    Operands are of the compute dtype, sums float32. Written with its own cotangents so that they too are (on CPUs,
+    bfloat16 x bfloat16 -> float32 runs at twice the speed of anything else), so that gradients arrive in the dtype of
+    the parameters, rounded nowhere and reduced across devices in float32, and so that the backward pass finds the
+    parameters as they are, not a copy in another shape or dtype. Leading axes of x are not merged: the compiler does
+    that where it may, and may not where both are sharded.
     """
-    y = _dot(x, weight, (x.ndim - 1,), (0,), precision)
+    leading, out_shape = x.shape[: x.ndim - in_rank], kernel.shape[in_rank:]
+    y = _dot(x.reshape(*leading, -1), _matrix(kernel, in_rank), (len(leading),), (0,), precision)
+    y = y.reshape(*leading, *out_shape)
     return (y if bias is None else y + bias).astype(precision.compute)
 
 
-def _affine_forward(x: jax.Array, weight: jax.Array, bias: jax.Array | None, precision: Precision) -> tuple:
-    return affine(x, weight, bias, precision), (x, weight, bias)
+def _affine_forward(
+    x: jax.Array, kernel: jax.Array, bias: jax.Array | None, in_rank: int, precision: Precision
+) -> tuple:
+    return affine(x, kernel, bias, in_rank, precision), (x, kernel, bias)
 
 
-def _affine_backward(precision: Precision, residuals: tuple, dy: jax.Array) -> tuple:
-    x, weight, bias = residuals
-    leading = tuple(range(x.ndim - 1))
-    dx = _dot(dy, weight, (dy.ndim - 1,), (1,), precision).astype(x.dtype)
-    dweight = _dot(x, dy, leading, leading, precision).astype(weight.dtype)
-    dbias = None if bias is None else dy.astype(jnp.float32).sum(leading).astype(bias.dtype)
-    return dx, dweight, dbias
+def _affine_backward(in_rank: int, precision: Precision, residuals: tuple, dy: jax.Array) -> tuple:
+    x, kernel, bias = residuals
+    axes = tuple(range(x.ndim - in_rank))
+    leading = x.shape[: len(axes)]
+    rows, columns = x.reshape(*leading, -1), dy.reshape(*leading, -1)
+    dx = _dot(columns, _matrix(kernel, in_rank), (len(axes),), (1,), precision)
+    dkernel = _dot(rows, columns, axes, axes, precision)
+    dbias = None if bias is None else dy.astype(jnp.float32).sum(axes).astype(bias.dtype)
+    return dx.reshape(x.shape).astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype), dbias
 
 
 affine.defvjp(_affine_forward, _affine_backward)
+
+
+def _matrix(kernel: jax.Array, in_rank: int) -> jax.Array:
+    return kernel.reshape(math.prod(kernel.shape[:in_rank]), -1)
 
 
 def _dot(
@@ -108,11 +119,8 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(self.out_shape, dtype), axes=bias_axes) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        leading = x.shape[: x.ndim - len(self.in_shape)]
-        columns = math.prod(self.out_shape)
-        weight = self.kernel[...].reshape(-1, columns)
-        bias = None if self.bias is None else self.bias[...].reshape(columns)
-        y = affine(x.reshape(*leading, -1), weight, bias, self.precision).reshape(*leading, *self.out_shape)
+        bias = None if self.bias is None else self.bias[...]
+        y = affine(x, self.kernel[...], bias, len(self.in_shape), self.precision)
         return checkpoint_name(y, "product")
 
 
