@@ -1,0 +1,127 @@
+"""Blocks of U-Nets over images [B, Y, X, C]: residual blocks, self-attention, resampling, time embedding."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.layers.attention import MultiHeadAttention
+from zoo.layers.convolution import Conv, GroupNorm, fan_average
+from zoo.layers.dropout import dropout
+from zoo.layers.linear import Linear, Precision
+from zoo.sharding import constrain
+
+zeros = jax.nn.initializers.zeros
+
+
+def constrain_image(x: jax.Array) -> jax.Array:
+    return constrain(x, "act_batch", "act_y", "act_x", "act_channels")
+
+
+def sinusoidal_time(time: jax.Array, width: int, *, longest: float = 10000.0) -> jax.Array:
+    """time [B] to [B, width] float32: sines, then cosines, of frequencies from 1 down to 1 / longest (Ho et al. 2020).
+
+    width must be even, and at least 4.
+    """
+    half = width // 2
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(longest) / (half - 1)))
+    angles = time.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+
+
+class TimeEmbedding(nnx.Module):
+    """Sinusoids of width `channels` through two linear maps with a SiLU between: time [B] to [B, width]."""
+
+    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
+        self.channels, self.compute = channels, precision.compute
+        options = {"rngs": rngs, "precision": precision, "init": fan_average}
+        self.expand = Linear(channels, width, axes=(None, "mlp"), **options)
+        self.mix = Linear(width, width, axes=("mlp", "time"), **options)
+
+    def __call__(self, time: jax.Array) -> jax.Array:
+        x = sinusoidal_time(time, self.channels).astype(self.compute)
+        return self.mix(jax.nn.silu(self.expand(x)))
+
+
+class ResidualBlock(nnx.Module):
+    """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time)))); the last convolution starts at zero.
+
+    Where the channels change, x goes through a 1 x 1 convolution. (Ho et al. 2020, appendix B.)
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        time_width: int,
+        groups: int,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        dropout: float = 0.0,
+        precision: Precision = Precision(),
+    ):
+        self.dropout = dropout
+        options = {"rngs": rngs, "precision": precision}
+        self.norm_in = GroupNorm(in_channels, groups, epsilon=epsilon, precision=precision)
+        self.conv_in = Conv(in_channels, out_channels, **options)
+        self.time = Linear(time_width, out_channels, axes=("time", "conv_out"), init=fan_average, **options)
+        self.norm_out = GroupNorm(out_channels, groups, epsilon=epsilon, precision=precision)
+        self.conv_out = Conv(out_channels, out_channels, init=zeros, **options)
+        self.shortcut = (
+            None
+            if in_channels == out_channels
+            else Linear(in_channels, out_channels, axes=("conv_in", "conv_out"), init=fan_average, **options)
+        )
+
+    def __call__(self, x: jax.Array, time: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+        """x [B, Y, X, I], time [B, time_width]: [B, Y, X, O]. key: for dropout; None drops nothing."""
+        h = self.conv_in(jax.nn.silu(self.norm_in(x)))
+        h = constrain_image(h + self.time(jax.nn.silu(time))[:, None, None, :])
+        h = dropout(jax.nn.silu(self.norm_out(h)), self.dropout, key)
+        h = self.conv_out(h)
+        return constrain_image((x if self.shortcut is None else self.shortcut(x)) + h)
+
+
+class SpatialAttention(nnx.Module):
+    """x + attention among all pixels of norm(x); its output projection starts at zero."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        groups: int,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        precision: Precision = Precision(),
+    ):
+        self.norm = GroupNorm(channels, groups, epsilon=epsilon, precision=precision)
+        self.attention = MultiHeadAttention(
+            channels, num_heads, rngs=rngs, precision=precision, init=fan_average, out_init=zeros
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        pixels = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
+        return constrain_image(x + self.attention(pixels).output.reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """A 3 x 3 convolution of stride 2: [B, Y, X, C] to [B, Y / 2, X / 2, C]."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
+        self.conv = Conv(channels, channels, stride=2, rngs=rngs, precision=precision)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return constrain_image(self.conv(x))
+
+
+class Upsample(nnx.Module):
+    """Every pixel four times, then a 3 x 3 convolution: [B, Y, X, C] to [B, 2 Y, 2 X, C]."""
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
+        self.conv = Conv(channels, channels, rngs=rngs, precision=precision)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return constrain_image(self.conv(x.repeat(2, axis=1).repeat(2, axis=2)))
