@@ -1,0 +1,228 @@
+"""Decoding token by token with a cache: greedy or sampled, batched, streamed, and compiled once.
+
+Works with any model that has `features(tokens, cache=)`, `logits(hidden)`, `init_cache(batch_size, length)` and
+`config.max_length`, `config.vocab_size` (see zoo.models.gpt). Prompts of different length share a batch: each row
+stands left-aligned and has its own length, the cache's slots behind it are overwritten as the row grows.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Callback = Callable[[int, int], None]
+
+SHORTEST = 32
+"""Prompts and rows are padded to a power of two, this at least, so that one compilation serves many lengths."""
+
+
+class GenerationError(ValueError):
+    """A request that cannot be met; the message names the value and the mend."""
+
+
+class Generation(NamedTuple):
+    """tokens: what followed each prompt, without the stop token.  stopped: whether a stop token ended it."""
+
+    tokens: list[list[int]]
+    stopped: list[bool]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("temperature", "top_p"), meta_fields=("top_k",))
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn: from softmax(logits / temperature), cut to top_k and top_p.
+
+    temperature: 0 takes the likeliest token.  top_k: only the k likeliest.  top_p: only the fewest likeliest tokens
+    that have at least this probability together (nucleus, Holtzman et al. 2019); it applies to what top_k leaves.
+    """
+
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def check(self, vocab_size: int) -> None:
+        """Raises GenerationError."""
+        if self.temperature < 0:
+            raise GenerationError(
+                f"temperature {self.temperature} is negative: 0 is greedy, 1 the model's distribution"
+            )
+        if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
+            raise GenerationError(f"top_k {self.top_k} is not within 1 and the vocabulary's size {vocab_size}")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise GenerationError(f"top_p {self.top_p} is not within 0 (excluded) and 1")
+
+
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """logits [B, V] / temperature, -inf where top_k and top_p exclude the token. Ties at the limit all stay."""
+    logits = logits / sampling.temperature
+    if sampling.top_k is not None:
+        kth = jax.lax.top_k(logits, sampling.top_k)[0][:, -1:]
+        logits = jnp.where(logits < kth, -jnp.inf, logits)
+    if sampling.top_p is not None:
+        descending = -jnp.sort(-logits, axis=-1)
+        p = jax.nn.softmax(descending, axis=-1)
+        # A token stays while those before it have less than top_p together: the first always does.
+        stays = jnp.cumsum(p, axis=-1) - p < sampling.top_p
+        least = jnp.min(jnp.where(stays, descending, jnp.inf), axis=-1, keepdims=True)
+        logits = jnp.where(logits < least, -jnp.inf, logits)
+    return logits
+
+
+class State(NamedTuple):
+    """tokens: [B, S], prompts and what followed.  lengths: [B], how many of a row's tokens are real.
+
+    done: [B], rows that a stop token ended.  cache: of the model; it holds all real tokens but each row's last.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    done: jax.Array
+    cache: Any
+
+
+@partial(jax.jit, static_argnames=("slots",))
+def _prefill(
+    model: Any,
+    prompts: jax.Array,
+    lengths: jax.Array,
+    sampling: Sampling | None,
+    stop_tokens: jax.Array,
+    key: jax.Array,
+    *,
+    slots: int,
+) -> State:
+    """Runs prompts [B, P], of which lengths [B] are real, through the model, and appends the first new token."""
+    batch_size, padded = prompts.shape
+    hidden, cache = model.features(prompts, cache=model.init_cache(batch_size, slots))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
+    state = State(tokens, lengths, jnp.zeros(batch_size, bool), cache)
+    return _append(state, model.logits(last), sampling, stop_tokens, key)
+
+
+@partial(jax.jit, donate_argnames=("state",))
+def _decode(
+    model: Any, state: State, steps: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
+) -> State:
+    """Appends `steps` tokens to each row, fewer where a stop token comes."""
+
+    def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
+        return (carry[0] < steps) & ~carry[1].done.all()
+
+    def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
+        count, state = carry
+        last = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
+        hidden, cache = model.features(last, cache=state.cache)
+        state = _append(state._replace(cache=cache), model.logits(hidden[:, 0]), sampling, stop_tokens, key)
+        return count + 1, state
+
+    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+
+
+def _append(
+    state: State, logits: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
+) -> State:
+    """Chooses a token for each row from logits [B, V] and appends it where the row goes on; sampling None is greedy."""
+    tokens, lengths, done, cache = state
+    rows = jnp.arange(len(lengths))
+    if sampling is None:
+        token = jnp.argmax(logits, axis=-1)
+    else:
+        # A key for each row and place: what a row draws does not depend on the number of rows or on how steps are cut.
+        keys = jax.vmap(lambda *where: jax.random.fold_in(jax.random.fold_in(key, where[0]), where[1]))(rows, lengths)
+        token = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+    done = done | (token[:, None] == stop_tokens).any(-1)
+    place = jnp.where(done, tokens.shape[1], lengths)
+    tokens = tokens.at[rows, place].set(token.astype(tokens.dtype), mode="drop")
+    lengths = jnp.where(done, lengths, lengths + 1)
+    # A row that is done runs along with the others; cutting its cache back keeps it from growing.
+    return State(tokens, lengths, done, cache.cut(lengths - 1))
+
+
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_tokens: Sequence[int] = (),
+    key: jax.Array | None = None,
+    callback: Callback | None = None,
+) -> Generation:
+    """Continues each prompt (token ids, at least one) by up to max_new_tokens; see Sampling for the distribution.
+
+    key: needed where temperature is above 0. The same key, prompts and options give the same tokens.
+    callback: called as callback(row, token) for every new token as soon as it is there; stop tokens are not passed.
+    Without it, the whole continuation is one call to the device.
+    Raises GenerationError.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    _check(model.config, prompts, max_new_tokens, sampling, key)
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    slots = min(_power_of_two(longest + max_new_tokens), model.config.max_length)
+    padded = np.zeros((len(prompts), min(_power_of_two(longest), slots)), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    options = (
+        sampling if temperature > 0 else None,
+        jnp.asarray(stop_tokens, jnp.int32),
+        jax.random.key(0) if key is None else key,
+    )
+
+    state = _prefill(model, padded, lengths, *options, slots=slots)
+    if callback is None:
+        state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
+    else:
+        seen = _emit(state, lengths, callback)
+        for _ in range(max_new_tokens - 1):
+            if state.done.all():
+                break
+            state = _decode(model, state, np.int32(1), *options)
+            seen = _emit(state, seen, callback)
+    tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
+    made = [tokens[row, lengths[row] : ends[row]].tolist() for row in range(len(prompts))]
+    return Generation(made, np.asarray(state.done).tolist())
+
+
+def _emit(state: State, seen: np.ndarray, callback: Callback) -> np.ndarray:
+    """Passes on the tokens at places from `seen` [B] on; returns the rows' lengths."""
+    tokens, lengths = np.asarray(state.tokens), np.asarray(state.lengths)
+    for row in range(len(lengths)):
+        for token in tokens[row, seen[row] : lengths[row]]:
+            callback(row, int(token))
+    return lengths
+
+
+def _power_of_two(length: int) -> int:
+    return max(SHORTEST, 1 << (length - 1).bit_length())
+
+
+def _check(config: Any, prompts: Sequence[Sequence[int]], new: int, sampling: Sampling, key: jax.Array | None) -> None:
+    if not prompts:
+        raise GenerationError("no prompts given: give at least one")
+    if new < 1:
+        raise GenerationError(f"max_new_tokens {new} is below 1: ask for at least one")
+    for row, prompt in enumerate(prompts):
+        length, longest = len(prompt), config.max_length
+        if not length:
+            raise GenerationError(f"prompt {row} is empty: give at least one token, such as the end of a text")
+        if length + new > longest:
+            raise GenerationError(
+                f"prompt {row} has {length} tokens and {new} new ones make {length + new}, more than the model's "
+                f"max_length {longest}: shorten the prompt or ask for at most {max(longest - length, 0)}"
+            )
+        unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
+        if unknown:
+            raise GenerationError(
+                f"prompt {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
+            )
+    sampling.check(config.vocab_size)
+    if sampling.temperature > 0 and key is None:
+        raise GenerationError(f"temperature {sampling.temperature} draws at random: give a key, or temperature 0")
