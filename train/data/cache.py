@@ -97,6 +97,7 @@ def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Pa
             partial.mkdir()
             try:
                 write(partial)
+                _to_disk(partial)
                 shutil.rmtree(folder, ignore_errors=True)
                 partial.rename(folder)
             finally:
@@ -106,3 +107,10 @@ def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Pa
             f"cannot prepare data in {folder}: {error.strerror or error}: set FLAXZOO_CACHE to another disk"
         ) from error
     return folder
+
+
+def _to_disk(folder: Path) -> None:
+    """Waits until the files of `folder` are on the disk, so that a rename does not outlive what it names."""
+    for file in folder.iterdir():
+        with open(file, "rb") as written:
+            os.fsync(written.fileno())

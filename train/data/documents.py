@@ -1,8 +1,5 @@
 """Where text comes from: the interpreter, local files, TFDS; each read as documents of two splits."""
 
-import contextlib
-import difflib
-import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property, partial
@@ -10,11 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.train.data import topics
-from zoo.train.data.cache import locked, tfds_dir
-from zoo.train.data.splits import SPLITS, Undivided
+from zoo.train.data.files import files_by_split, files_fingerprint
+from zoo.train.data.splits import Undivided
+from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
 from zoo.train.experiment import UserError
 
-_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_SUFFIXES = (".txt", ".jsonl")
 
 
 class TextSource(Protocol):
@@ -42,7 +40,7 @@ def text_source(source: str, field: str, fraction: float) -> TextSource:
     path = Path(source).expanduser()
     if path.exists():
         return LocalText(path, field, fraction)
-    if path.is_absolute() or source.startswith((".", "~")) or path.suffix in (".txt", ".jsonl"):
+    if path.is_absolute() or source.startswith((".", "~")) or path.suffix in _SUFFIXES:
         raise UserError(f"no file or folder {source}: give a .txt or .jsonl file, a folder of them, or a TFDS name")
     return TfdsText(source, field, fraction)
 
@@ -80,36 +78,15 @@ class LocalText:
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        """Files by split; all under "" where the folder has no split."""
-        if self._path.is_file():
-            found = [self._path]
-        else:
-            found = sorted(file for file in self._path.rglob("*") if file.suffix in (".txt", ".jsonl"))
-            found = [file for file in found if file.is_file()]
-        if not found or self._path.is_file() and self._path.suffix not in (".txt", ".jsonl"):
-            what = "is neither" if self._path.is_file() else "holds no"
-            raise UserError(
-                f"{self._path} {what} .txt {'nor' if what == 'is neither' else 'or'} .jsonl: give such files"
-            )
-        by_split: dict[str, list[Path]] = {split: [] for split in SPLITS}
-        for file in found if self._path.is_dir() else ():
-            first = file.relative_to(self._path).parts[0].split(".")[0]
-            split = "validation" if first in _VALIDATION_NAMES else first
-            if split in by_split:
-                by_split[split].append(file)
-        return by_split if all(by_split.values()) else {"": found}
+        return files_by_split(self._path, _SUFFIXES)
 
     @cached_property
     def _undivided(self) -> Undivided:
         return Undivided(partial(self._read, self._files[""]), self._fraction)
 
     def fingerprint(self) -> str:
-        digest = hashlib.sha256(f"{self._field} {self._fraction if '' in self._files else None}\n".encode())
-        for split, files in self._files.items():
-            for file in files:
-                stat = file.stat()
-                digest.update(f"{split} {file.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-        return f"{self._path.resolve()} {digest.hexdigest()}"
+        fraction = self._fraction if "" in self._files else None
+        return f"{files_fingerprint(self._path, self._files)} {self._field} {fraction}"
 
     def documents(self, split: str) -> Iterator[str]:
         if "" in self._files:
@@ -118,7 +95,7 @@ class LocalText:
 
     def _read(self, files: list[Path]) -> Iterator[str]:
         for file in files:
-            if file.suffix == ".txt":
+            if file.suffix.lower() == ".txt":
                 yield _decode(file.read_bytes(), file, 0)
             else:
                 yield from self._read_lines(file)
@@ -142,7 +119,7 @@ class LocalText:
         text = record.get(self._field)
         if not isinstance(text, str):
             what = f"no field {self._field!r}" if self._field not in record else f"{self._field!r} that is not a string"
-            raise UserError(f"{where} has {what}: its fields are {_listed(record)}; choose by --data.text-field")
+            raise UserError(f"{where} has {what}: its fields are {listed(record)}; choose by --data.text-field")
         try:
             text.encode()
         except UnicodeEncodeError as error:
@@ -184,7 +161,7 @@ class TfdsText:
         features = self._builder.info.features
         if self._field not in features:
             raise UserError(
-                f"{self.name} has no feature {self._field!r}: its features are {_listed(features)}; choose by --data.text-field"
+                f"{self.name} has no feature {self._field!r}: its features are {listed(features)}; choose by --data.text-field"
             )
         for index, example in enumerate(tfds_read(self._builder, split)):
             text = example[self._field]
@@ -195,40 +172,6 @@ class TfdsText:
             yield _decode(text, f"{self.name}, {split} example {index}", 0)
 
 
-def tfds_builder(name: str) -> Any:
-    """A prepared builder of any TFDS data set; UserError in one line for what TFDS says in many."""
-    import tensorflow_datasets as tfds
-
-    base = name.split(":")[0].split("/")[0]
-    folder = tfds_dir(base)
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-        if not builder.is_prepared():
-            with locked(Path(folder) / f"{base}.lock") if "://" not in folder else contextlib.nullcontext():
-                builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-                builder.download_and_prepare()
-    except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(base, ["python_docs", *tfds.list_builders()], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`tfds.list_builders()` lists them"
-        raise UserError(f"{name!r} is no file, no folder and no TFDS data set: {hint}") from error
-    except Exception as error:  # builders raise whatever their download, their extraction and their code raise
-        raise UserError(f"TFDS data set {name!r} cannot be prepared in {folder}: {_first_line(error)}") from error
-    if "train" not in builder.info.splits:
-        raise UserError(f"TFDS data set {name!r} has no split 'train': its splits are {_listed(builder.info.splits)}")
-    return builder
-
-
-def tfds_read(builder: Any, split: str) -> Any:
-    """The random-access source of a split; UserError where it is stored in a format without random access."""
-    try:
-        return builder.as_data_source(split=split)
-    except NotImplementedError as error:
-        raise UserError(
-            f"{builder.info.full_name} in {builder.data_dir} is stored as {builder.info.file_format.value}: "
-            "write it as ArrayRecord with `tfds convert_format --out_file_format array_record`"
-        ) from error
-
-
 def _decode(data: bytes, where: Path | str, offset: int) -> str:
     try:
         return data.decode()
@@ -237,12 +180,3 @@ def _decode(data: bytes, where: Path | str, offset: int) -> str:
             f"{where} is not UTF-8 at byte {offset + error.start} (0x{data[error.start]:02x}): "
             "convert it, for example by `iconv -f latin1 -t utf-8`"
         ) from error
-
-
-def _listed(names: Any) -> str:
-    return ", ".join(repr(name) for name in list(names)[:20]) or "none"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"

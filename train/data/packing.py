@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from zoo.train.data.permutation import permute, random_bits
+from zoo.train.data.permutation import random_bits, shuffled
 from zoo.train.experiment import DataInfo
 
 
@@ -73,14 +73,11 @@ class PackedText:
         """Where on the stream the sequences of these global indices begin, int64 [rows]."""
         if self.seed is None:
             return index * self.length
-        epochs, within = np.divmod(index, self.sequences)
-        starts = np.empty_like(index)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            phase = int(random_bits(self.seed, int(epoch))[0]) % len(self.tokens)
-            starts[here] = phase + self.length * permute(within[here], self.sequences, self.seed, int(epoch), 1)
-        return starts
+        passes, chosen = shuffled(index, self.sequences, self.seed)
+        numbers, inverse = np.unique(passes, return_inverse=True)
+        phases = [int(random_bits(self.seed, int(number), 1)[0]) % len(self.tokens) for number in numbers]
+        return np.array(phases, np.int64)[inverse] + chosen * self.length
 
     def _at(self, positions: np.ndarray) -> np.ndarray:
-        """Tokens of the ring. Reads a row's span at once, for the file may be larger than memory."""
+        """Tokens of the ring."""
         return self.tokens[positions % len(self.tokens)]

@@ -40,3 +40,13 @@ def permute(indices: np.ndarray, size: int, *key: int) -> np.ndarray:
         x[outside] = (left << shift) | right
         outside = x >= size
     return x.astype(np.int64)
+
+
+def shuffled(index: np.ndarray, size: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which of `size` examples stands at each global index when every pass has an order of its own: (pass, example)."""
+    passes, within = np.divmod(index, size)
+    chosen = np.empty_like(within)
+    for number in np.unique(passes):
+        here = passes == number
+        chosen[here] = permute(within[here], size, seed, int(number))
+    return passes, chosen

@@ -4,9 +4,10 @@ import contextlib
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
+from absl import logging
 
 from zoo.train.data import topics
 from zoo.train.data.cache import cache_dir, locked, tfds_dir
@@ -21,7 +22,7 @@ class PythonDocs(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version(topics.VERSION)
 
-    BUILDER_CONFIGS = [
+    BUILDER_CONFIGS: ClassVar[list[tfds.core.BuilderConfig]] = [
         tfds.core.BuilderConfig(name=topics.topics_version(), description="The topics of one version of Python.")
     ]
 
@@ -49,12 +50,23 @@ def builder() -> PythonDocs:
     """
     named = tfds_dir("python_docs")
     folder = cache_dir() / "tfds" if "://" in named else Path(named)
-    made = PythonDocs(data_dir=str(folder), file_format="array_record")
-    if made.is_prepared():
-        return made
-    with locked(folder / "python_docs.lock"):
+    with _quiet():
         made = PythonDocs(data_dir=str(folder), file_format="array_record")
-        tfds.disable_progress_bar()
-        with contextlib.redirect_stdout(io.StringIO()):
-            made.download_and_prepare()
+        if not made.is_prepared():
+            with locked(folder / "python_docs.lock"):
+                made = PythonDocs(data_dir=str(folder), file_format="array_record")
+                made.download_and_prepare()
     return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the bars, lines and warnings that TFDS has for large downloads."""
+    tfds.disable_progress_bar()
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)

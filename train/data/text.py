@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from zoo.train.data import corpus
 from zoo.train.data.cache import cache_dir, prepared
-from zoo.train.data.corpus import Corpus
+from zoo.train.data.corpus import Corpus, SplitInfo
 from zoo.train.data.documents import TextSource, text_source
 from zoo.train.data.packing import PackedText
 from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
@@ -93,6 +93,10 @@ class TextData:
         if self.train_bpe is not None:
             return self._trained_bpe(self.train_bpe)
         return None if self.tokenizer == "bytes" else Path(self.tokenizer).expanduser()
+
+    def split_info(self, split: str) -> SplitInfo:
+        """Sizes and SHA-256 of "train" or "validation"."""
+        return self._corpus().splits[split]
 
     def documents(self, split: str) -> Iterator[str]:
         """The documents of "train" or "validation", read again from the source."""
