@@ -43,7 +43,7 @@ class Host:
 
 
 def split(placement: Placement) -> list[Placement]:
-    """One placement for each simulated host, the devices divided between them; raises UserError if they do not divide."""
+    """One placement for each simulated host, the devices divided between them; raises UserError if they cannot be."""
     hosts = placement.simulate_hosts
     devices = placement.simulate_devices or hosts
     if hosts < 1:

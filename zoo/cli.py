@@ -37,7 +37,7 @@ INTERRUPTED = 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns its exit code: 2 where a person can mend it, 1 where we must, 130 if interrupted."""
+    """Runs the command line; returns its exit code: 2 where a person can mend it, 1 for a bug, 130 if interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]

@@ -55,6 +55,11 @@ def parse(defaults: Sequence[Any], arguments: Sequence[str], *, prog: str, descr
     return tuple(getattr(parsed, field[0]) for field in fields)
 
 
+def parse_none(arguments: Sequence[str], *, prog: str, description: str) -> None:
+    """For a verb without flags of its own: `--help` prints and exits, anything else raises UserError."""
+    parse((), arguments, prog=prog, description=description)
+
+
 def _type(instance: Any) -> Any:
     """The type of a dataclass instance, its type parameters filled with the types of the fields they annotate."""
     kind = type(instance)
@@ -80,12 +85,13 @@ def _flags(instance: Any, prefix: str = "--") -> Iterator[str]:
 def _unknown(tokens: Sequence[str], known: list[str], prog: str) -> str:
     token = next((token for token in tokens if token.startswith("-")), None)
     if token is None:
-        return f"unexpected {tokens[0]!r}: options are flags, and a switch is --x or --no-x ({prog} --help lists all flags)"
+        return f"unexpected {tokens[0]!r}: options are flags, a switch is --x or --no-x ({prog} --help lists all flags)"
     name = token.partition("=")[0].replace("_", "-")
     # The last part of a dotted flag, given alone, finds its flag.
     nearest = [flag for flag in known if flag.rpartition(".")[2] == name.lstrip("-")]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-    return f"unknown flag {name}: did you mean {nearest[0]}? ({prog} --help lists all flags)"
+    hint = f"did you mean {nearest[0]}? " if nearest else ""
+    return f"unknown flag {name}: {hint}({prog} --help lists all flags)"
 
 
 def _sentence(box: str) -> str:
