@@ -24,7 +24,7 @@ def writable(folder: Path) -> bool:
 
 
 def cache_dir() -> Path:
-    """$FLAXZOO_CACHE; else flaxzoo in $XDG_CACHE_HOME or ~/.cache; else, where home is read-only, in the temporary folder.
+    """$FLAXZOO_CACHE; else flaxzoo in $XDG_CACHE_HOME or ~/.cache; else, where that is read-only, in the system's /tmp.
 
     Raises UserError where none can be written, or where the one in the temporary folder belongs to somebody else.
     """
@@ -48,8 +48,8 @@ def cache_dir() -> Path:
 def tfds_dir(name: str) -> str:
     """The TFDS folder (or bucket) that holds, or is to hold, the data set `name`.
 
-    $TFDS_DATA_DIR, unless it lacks the set and cannot be written; else TFDS's own ~/tensorflow_datasets where the set is
-    there already; else in the cache.
+    $TFDS_DATA_DIR, unless it lacks the set and cannot be written; else TFDS's own ~/tensorflow_datasets where the set
+    is there already; else in the cache.
     """
     if named := os.environ.get("TFDS_DATA_DIR"):
         folder = Path(named).expanduser()

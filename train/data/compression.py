@@ -17,8 +17,9 @@ LIMIT = 32 << 20  # bytes of each split; xz -9 needs about a second for a megaby
 class Compression:
     """Bits per byte; a line end, which counts as a byte, follows each document, for a model predicts where one ends.
 
-    whole: training and held-out text as one file. held_out: held-out text alone. held_out_after_training: what it adds to
-    the training text, compressed as one file; a compressor's window bounds how far it looks back (gzip 32 kB, xz 64 MB).
+    whole: training and held-out text as one file. held_out: held-out text alone. held_out_after_training: what it
+    adds to the training text, compressed as one file; a compressor's window bounds how far it looks back (gzip 32 kB,
+    xz 64 MB).
     """
 
     name: str

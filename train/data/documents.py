@@ -58,15 +58,15 @@ class PythonDocsText:
     def documents(self, split: str) -> Iterator[str]:
         from zoo.train.data import python_docs  # brings in TFDS, which a prepared corpus does without
 
-        for example in python_docs.builder().as_data_source(split=split):
+        for example in tfds_read(python_docs.builder(), split):
             yield example["text"].decode()
 
 
 class LocalText:
     """Text files (one document each) and JSON lines (one document a line) of a folder and those below it, or one file.
 
-    A folder that holds both `train` and `validation` (folders, or files such as train.jsonl) is split by them, and other
-    files are left alone; otherwise `fraction` of all is held out.
+    A folder that holds both `train` and `validation` (folders, or files such as train.jsonl) is split by them, and
+    other files are left alone; otherwise `fraction` of all is held out.
     """
 
     def __init__(self, path: Path, field: str, fraction: float):
@@ -161,7 +161,8 @@ class TfdsText:
         features = self._builder.info.features
         if self._field not in features:
             raise UserError(
-                f"{self.name} has no feature {self._field!r}: its features are {listed(features)}; choose by --data.text-field"
+                f"{self.name} has no feature {self._field!r}: its features are {listed(features)}; "
+                "choose by --data.text-field"
             )
         for index, example in enumerate(tfds_read(self._builder, split)):
             text = example[self._field]

@@ -78,8 +78,8 @@ class ImageData:
 class Images:
     """A split of images; a Dataset of zoo.train.experiment.
 
-    pixels: uint8 [examples, Y, X, C]. labels: int32 [examples]. seed: of orders and flips; None goes through the images once,
-    in order, and pads the last batch (a validation split).
+    pixels: uint8 [examples, Y, X, C]. labels: int32 [examples]. seed: of orders and flips; None goes through the
+    images once, in order, and pads the last batch (a validation split).
     """
 
     info: DataInfo
@@ -98,8 +98,8 @@ class Images:
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `step`.
 
-        images: float32 in [-1, 1], [len(rows), Y, X, C]. labels: int32 [len(rows)]. weights: float32 [len(rows)], 0 where an
-        example pads the last batch of a validation split.
+        images: float32 in [-1, 1], [len(rows), Y, X, C]. labels: int32 [len(rows)]. weights: float32 [len(rows)], 0
+        where an example pads the last batch of a validation split.
         """
         index = step * self.batch_size + np.asarray(rows, np.int64)
         count = len(self.labels)

@@ -1,10 +1,10 @@
 """Packed text: sequences of one length cut from the stream of documents, in any order, by index.
 
-The stream is the token file: each document is <|endoftext|> and then its tokens, so that the input at stream position p
-is token p and its target token p + 1; a document's first input and its last target are <|endoftext|>. An epoch cuts the
-stream (closed to a ring) every `length` tokens from a random phase, and shuffles the cuts. What stands beside a document
-in its row does not matter to it, since attention and positions know their document alone; therefore the order of
-documents on the ring is left as it is, and an epoch costs no memory, whatever the number of documents.
+The stream is the token file: each document is <|endoftext|> and then its tokens, so that the input at stream position
+p is token p and its target token p + 1; a document's first input and its last target are <|endoftext|>. An epoch cuts
+the stream (closed to a ring) every `length` tokens from a random phase, and shuffles the cuts. What stands beside a
+document in its row does not matter to it, since attention and positions know their document alone; therefore the
+order of documents on the ring is left as it is, and an epoch costs no memory, whatever the number of documents.
 """
 
 from collections.abc import Sequence
@@ -20,8 +20,8 @@ from zoo.train.experiment import DataInfo
 class PackedText:
     """A split of text as batches of `length` tokens; a Dataset of zoo.train.experiment.
 
-    tokens: the stream, at least `length` long. byte_lengths: int32 [V]. seed: of phases and orders; None walks the stream
-    once, in order, to its last token, and pads (a validation split).
+    tokens: the stream, at least `length` long. byte_lengths: int32 [V]. seed: of phases and orders; None walks the
+    stream once, in order, to its last token, and pads (a validation split).
     """
 
     info: DataInfo
@@ -47,8 +47,9 @@ class PackedText:
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `step`, each array [len(rows), T].
 
-        tokens, targets: int32. segments: int32, 1 and up for the documents of a row, 0 for padding. positions: int32, from 0 in
-        each document's piece. weights: float32, 1 where there is a target. bytes: int32, of text that the target stands for.
+        tokens, targets: int32. segments: int32, 1 and up for the documents of a row, 0 for padding. positions: int32,
+        from 0 in each document's piece. weights: float32, 1 where there is a target. bytes: int32, of text that the
+        target stands for.
         """
         index = step * self.batch_size + np.asarray(rows, np.int64)
         positions = self._starts(index)[:, None] + np.arange(self.length)

@@ -1,8 +1,8 @@
 """Random access into shuffled orders: a permutation of [0, n) that is computed, never stored.
 
 A Feistel network over the next even power of two at or above n, walked until it lands below n (Black and Rogaway,
-"Ciphers with arbitrary finite domains", 2002, section 4), with the finaliser of splitmix64 (Steele, Lea and Flood, 2014)
-as round function. Integer arithmetic alone: the same on every machine and with every version of NumPy.
+"Ciphers with arbitrary finite domains", 2002, section 4), with the finaliser of splitmix64 (Steele, Lea and Flood,
+2014) as round function. Integer arithmetic alone: the same on every machine and with every version of NumPy.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, a folder of pictures, TFDS; each read as (image, label) of two splits."""
+"""Where images come from: scikit-learn's digits, a folder of pictures, TFDS; each read as examples of two splits."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -41,8 +41,8 @@ class ImageSource(Protocol):
 def image_source(source: str, size: int | None, image_field: str, label_field: str, fraction: float) -> ImageSource:
     """The data set that `source` names: "digits", a folder, or a TFDS name[/config][:version].
 
-    size: side to which images are brought (the middle square, scaled), None to take them as they are. fraction: of a set
-    without a split, to hold out.
+    size: side to which images are brought (the middle square, scaled), None to take them as they are. fraction: of a
+    set without a split, to hold out.
     """
     if not 0 < fraction < 1:
         raise UserError(f"validation fraction {fraction} is not between 0 and 1: 0.1 holds out a tenth")
@@ -102,8 +102,8 @@ class Digits:
 class ImageFolder:
     """Pictures of a folder and those below it; the folder that a picture stands in is its class, in order of names.
 
-    A folder that holds both `train` and `validation` is split by them; otherwise `fraction` is held out. Pictures are grey
-    where the first one is, else RGB, on white where they are transparent.
+    A folder that holds both `train` and `validation` is split by them; otherwise `fraction` is held out. Pictures are
+    grey where the first one is, else RGB, on white where they are transparent.
     """
 
     def __init__(self, path: Path, size: int | None, fraction: float):
@@ -151,7 +151,7 @@ class ImageFolder:
 
 
 class TfdsImages:
-    """An image data set of TFDS by name[/config][:version]; where it has no "validation", a part of "train" is held out."""
+    """A data set of TFDS by name[/config][:version]; where it has no "validation", a part of "train" is held out."""
 
     def __init__(self, name: str, size: int | None, image_field: str, label_field: str, fraction: float):
         self._name, self._size, self._fraction = name, size, fraction

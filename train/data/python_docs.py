@@ -1,4 +1,4 @@
-"""The TFDS data set `python_docs`: real English text that every install has, written as ArrayRecord without TensorFlow."""
+"""The TFDS data set `python_docs`: real English that every install has, written as ArrayRecord without TensorFlow."""
 
 import contextlib
 import io

@@ -99,8 +99,8 @@ class FileTokenizer:
 
     @property
     def byte_lengths(self) -> np.ndarray:
-        """Exact for byte-level vocabularies (GPT-2's, Llama 3's) and for those that fall back to bytes, but for the blank
-        that some put before a text; an estimate for lossy ones, such as WordPiece in lower case."""
+        """Exact for byte-level vocabularies (GPT-2's, Llama 3's) and for those that fall back to bytes, but for the
+        blank that some put before a text; an estimate for lossy ones, such as WordPiece in lower case."""
         byte_level = '"ByteLevel"' in json.dumps(json.loads(self._content).get("decoder"))
         added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
         lengths = np.zeros(self.vocab_size, np.int32)

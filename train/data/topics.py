@@ -1,11 +1,11 @@
 """The Python language reference that ships with the interpreter, with what stands in it twice taken out.
 
 `pydoc_data.topics` holds some 80 topics (465 kB in Python 3.11) as plain text. Many are sections of others: "if" and
-"while" stand in "compound" word for word, "attribute-access" in "specialnames". Split by topic alone, 70 to 76 % of the
-held-out windows of 50 bytes (`shared_windows`; Python 3.11, 3.12, 3.13) would stand in the training text. Here a
-paragraph stands once, in the longest topic that has it, and a topic that loses more than half of its bytes that way is
-left out: 374 of 465 kB remain, and 2.5 % of the windows. Three quarters of those are ruled lines of tables; the rest are
-set phrases ("may only occur syntactically nested in").
+"while" stand in "compound" word for word, "attribute-access" in "specialnames". Split by topic alone, 70 to 76 % of
+the held-out windows of 50 bytes (`shared_windows`; Python 3.11, 3.12, 3.13) would stand in the training text. Here a
+paragraph stands once, in the longest topic that has it, and a topic that loses more than half of its bytes that way
+is left out: 374 of 465 kB remain, and 2.5 % of the windows. Three quarters of those are ruled lines of tables; the
+rest are set phrases ("may only occur syntactically nested in").
 """
 
 import hashlib
