@@ -18,7 +18,7 @@ from zoo import __version__
 from zoo.commands.flags import parse_none
 from zoo.train import launch
 
-DESCRIPTION = "Checks this machine: interpreter, versions, devices, accelerator extras, disk. Exits with 1 on a problem."
+DESCRIPTION = "Checks this machine: python, versions, devices, accelerator extras, disk. Exits with 1 on a problem."
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 WRITTEN = 8 * 2**20
 LITTLE_SPACE = 2 * 2**30

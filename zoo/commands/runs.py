@@ -1,0 +1,26 @@
+"""What the verbs over a finished run share: its folder, and where the model goes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from zoo.train.experiment import Placement, UserError
+
+
+@dataclass(frozen=True)
+class Devices:
+    """Where the model goes; it need not be where it was trained."""
+
+    mesh: str | None = None  # such as data=2,tensor=2; all devices on data unless given
+    simulate_devices: int | None = None  # so many CPU devices, whatever hardware there is
+    compile_cache: bool = True  # keep compiled programs between runs
+
+    def placement(self) -> Placement:
+        return Placement(mesh=self.mesh, simulate_devices=self.simulate_devices, compile_cache=self.compile_cache)
+
+
+def split_folder(arguments: Sequence[str], verb: str) -> tuple[Path, list[str]]:
+    """The run folder, which comes first, and the flags after it; raises UserError where it is left out."""
+    if not arguments or arguments[0].startswith("-"):
+        raise UserError(f"name a run: zoo {verb} RUN (a folder that zoo train made)")
+    return Path(arguments[0]), list(arguments[1:])
