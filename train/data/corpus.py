@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from zoo.train.data.documents import TextSource
 from zoo.train.data.splits import SPLITS
+from zoo.train.data.text_sources import TextSource
 from zoo.train.data.tokenizers import Tokenizer, token_dtype
 from zoo.train.experiment import UserError
 

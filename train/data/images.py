@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from zoo.train.data.cache import cache_dir, prepared
+from zoo.train.data.image_sources import ImageSource, image_source
 from zoo.train.data.permutation import mix, random_bits, shuffled
-from zoo.train.data.pictures import ImageSource, image_source
 from zoo.train.data.splits import SPLITS
 from zoo.train.experiment import DataInfo, UserError
 

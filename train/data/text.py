@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 from zoo.train.data import corpus
 from zoo.train.data.cache import cache_dir, prepared
 from zoo.train.data.corpus import Corpus, SplitInfo
-from zoo.train.data.documents import TextSource, text_source
 from zoo.train.data.packing import PackedText
+from zoo.train.data.text_sources import TextSource, text_source
 from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
 from zoo.train.experiment import DataInfo, UserError
 
