@@ -87,7 +87,7 @@ class DataConfig(Protocol):
         ...
 
     def fit(self, model: Any) -> Any:
-        """`model` (its config) with what only the data knows, such as the vocabulary of a tokenizer; called after prepare."""
+        """`model` (its config) with what only the data knows, such as a tokenizer's vocabulary; called after prepare."""
         ...
 
 
@@ -118,21 +118,18 @@ class Sampler(Protocol):
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Named optimizer and schedule: linear warm-up, then cosine to `final_fraction` of the peak.
+    """Named optimizer and schedule: linear warm-up, then down from the peak. Decay spares biases and norms."""
 
-    name: "adamw", "muon", or any optimizer of optax by its name. weight_decay spares biases and norms.
-    """
-
-    name: str = "adamw"
-    learning_rate: float = 3e-4
+    name: str = "adamw"  # adamw, muon, or any optimizer of optax by its name
+    learning_rate: float = 3e-4  # at the peak
     warmup_steps: int = 100
     schedule: str = "cosine"
-    final_fraction: float = 0.1
+    final_fraction: float = 0.1  # of the peak, at the last step
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
-    clip_norm: float | None = 1.0
-    moment_dtype: str | None = None
+    clip_norm: float | None = 1.0  # of the gradient over all parameters
+    moment_dtype: str | None = None  # of the first moment; None is that of the parameters
 
 
 M = TypeVar("M", bound=Any)
@@ -143,50 +140,41 @@ S = TypeVar("S", bound=Any)
 
 @dataclass(frozen=True)
 class Experiment(Generic[M, D, O, S]):
-    """A run. Every field defines it: a run folder whose experiment differs in one is another run.
+    """A run. Every field defines it: a run folder whose experiment differs in one is another run."""
 
-    batch_size counts examples over all devices; each step averages `accumulate` micro-batches of
-    batch_size / accumulate examples. compute is the dtype of products: "auto" is bfloat16 on accelerators, else float32.
-    """
-
-    name: str
+    name: str  # of the recipe
     model: M
     data: D
     objective: O
     sampler: S
     optimizer: Optimizer = field(default_factory=Optimizer)
     steps: int = 1000
-    batch_size: int = 32
-    accumulate: int = 1
+    batch_size: int = 32  # examples of one step, over all devices
+    accumulate: int = 1  # micro-batches that a step averages, batch_size / accumulate examples each
     seed: int = 0
-    compute: str = "auto"
-    ema: float | None = None
-    max_bad_steps: int = 10
+    compute: str = "auto"  # dtype of products; auto is bfloat16 on accelerators, else float32
+    ema: float | None = None  # decay of an average of the parameters, which is then what is evaluated and sampled
+    max_bad_steps: int = 10  # steps in a row with a non-finite gradient that stop the run
     log_every: int = 10
     eval_every: int = 500
     checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_every: int | None = None
+    keep_last: int = 2  # newest checkpoints that stay
+    keep_every: int | None = None  # checkpoints at multiples of this step stay as well
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where and how a run is started; may differ at each start.
+    """Where and how a run is started; may differ at each start."""
 
-    run: folder of the run, created or resumed (None: a new one below ./runs). mesh: "data=2,fsdp=2,tensor=2"
-    (None: all devices on data). simulate_devices: CPU devices for this process's machine. simulate_hosts: that many
-    local processes, the devices divided between them.
-    """
-
-    run: Path | None = None
-    mesh: str | None = None
-    simulate_devices: int | None = None
-    simulate_hosts: int = 1
-    coordinator: str | None = None
+    run: Path | None = None  # folder of the run, created or resumed; a new one below ./runs unless given
+    mesh: str | None = None  # such as data=2,fsdp=2,tensor=2; all devices on data unless given
+    simulate_devices: int | None = None  # so many CPU devices, whatever hardware there is
+    simulate_hosts: int = 1  # so many local processes that talk as hosts would, the devices divided between them
+    coordinator: str | None = None  # host:port of the first process, where no pod or cluster tells of it
     num_processes: int | None = None
     process_id: int | None = None
-    tensorboard: bool = False
-    compile_cache: bool = True
+    tensorboard: bool = False  # write figures for TensorBoard as well
+    compile_cache: bool = True  # keep compiled programs between runs
 
 
 class UserError(Exception):

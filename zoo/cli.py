@@ -34,6 +34,7 @@ To begin: zoo train gpt-nano
 BUG = 1
 USER_ERROR = 2
 INTERRUPTED = 130
+UNREAD = 141
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("zoo: interrupted", file=sys.stderr)
         return _leave(INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output left (zoo list | head); what Python still flushes at exit goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except Exception as error:
         mine = not _is_for_a_person(error)
         if mine or debug:
