@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from zoo.diffusion import schedules
+from zoo.diffusion.losses import noise_prediction
 from zoo.train.experiment import Batch, Loss, UserError
 
 Sums = dict[str, jax.Array]
@@ -145,14 +147,41 @@ class NextToken:
         """loss: nats a token, as minimised (its regularisers included). The others are of the likelihood alone.
 
         bits_per_byte counts every token's nats over the bytes of text, so that it compares across tokenizers.
-        accuracy: share of tokens whose target has the largest logit.
+        accuracy: share of tokens whose target has the largest logit. log_z_squared: what z_loss keeps small.
         """
         weight = max(weight, 1.0)
         nats = metrics["nll"] / weight
-        return {
+        figures = {
             "loss": total / weight,
             "perplexity": math.exp(min(nats, 700.0)),
             "bits_per_byte": metrics["nll"] / math.log(2) / max(metrics["bytes"], 1.0),
             "accuracy": metrics["correct"] / weight,
-            "log_z_squared": metrics["z"] / weight,
         }
+        return figures | ({"log_z_squared": metrics["z"] / weight} if self.z_loss else {})
+
+
+@dataclass(frozen=True)
+class NoisePrediction:
+    """Mean squared error of the noise in images at random times (Ho et al. 2020), over batches of images, weights [B].
+
+    The noise schedule is the model's: `model.config.schedule` and `.timesteps`.
+    """
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        schedule = schedules.make(model.config.schedule, model.config.timesteps)
+        images, weights = batch["images"], batch["weights"]
+        rows = images.shape[0]
+        if key is None:
+            # The same times, spread evenly, and the same noise at every evaluation: losses differ by the model alone.
+            noise_key, dropout_key = jax.random.key(0), None
+            times = jnp.arange(rows) * schedule.timesteps // rows
+        else:
+            time_key, noise_key, dropout_key = jax.random.split(key, 3)
+            times = jax.random.randint(time_key, (rows,), 0, schedule.timesteps)
+        noise = jax.random.normal(noise_key, images.shape)
+        losses = noise_prediction(lambda x, t: model(x, t, key=dropout_key), schedule, images, times, noise)
+        return Loss(jnp.sum(weights * losses), jnp.sum(weights), {})
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: squared error of the predicted noise, a pixel and channel; 1 is that of predicting none."""
+        return {"loss": total / max(weight, 1.0)}

@@ -1,0 +1,126 @@
+"""Samplers: what a trained model shows at the end of a run, and again with `zoo sample`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.diffusion import samplers, schedules
+from zoo.generation import generate
+from zoo.sharding import constrain
+from zoo.train import pictures
+from zoo.train.experiment import UserError
+
+PICTURE_WIDTH = 640
+
+
+@dataclass(frozen=True)
+class TextSampler:
+    """Continuations of a prompt, which stands at the beginning of a document.
+
+    samples: how many.  tokens: new ones, at most; the model's positions bound them too.  temperature: 0 takes the
+    likeliest token, 1 draws from the model's distribution.  top_k, top_p: draw among the likeliest alone.
+    """
+
+    prompt: str = ""
+    samples: int = 1
+    tokens: int = 200
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """The texts, prompts included, parted by lines of dashes. A single one is also emitted while it is made."""
+        tokenizer = data.load_tokenizer()
+        prompt = [tokenizer.end_of_text, *map(int, tokenizer.encode([self.prompt])[0])]
+        stream = TextStream(tokenizer.decode, emit) if emit is not None and self.samples == 1 else None
+        if emit is not None and self.prompt and stream is not None:
+            emit(self.prompt)
+        made = generate(
+            model,
+            [prompt] * self.samples,
+            max_new_tokens=max(1, min(self.tokens, model.config.max_length - len(prompt))),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            stop_tokens=(tokenizer.end_of_text,),
+            key=key,
+            callback=None if stream is None else lambda _, token: stream.add(token),
+        )
+        if stream is not None:
+            stream.close()
+        return "\n----\n".join(self.prompt + tokenizer.decode(tokens) for tokens in made.tokens)
+
+
+class TextStream:
+    """Emits the text of tokens as they come; a character whose bytes are not all there yet waits for them."""
+
+    def __init__(self, decode: Callable[[list[int]], str], emit: Callable[[str], None]):
+        self._decode, self._emit = decode, emit
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, token: int) -> None:
+        self._tokens.append(token)
+        text = self._decode(self._tokens)
+        self._show(text.rstrip("\ufffd"))
+
+    def close(self) -> None:
+        self._show(self._decode(self._tokens))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._emit(text[self._shown :])
+            self._shown = len(text)
+
+
+@dataclass(frozen=True)
+class ImageSampler:
+    """A grid of images from a noise predictor, as PNG.
+
+    method: "ddpm" (ancestral) or "ddim". steps: network evaluations, evenly spaced in the schedule.
+    eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral). scale: pixels a side that one pixel is drawn with
+    (None: so many that the grid is about 640 wide).
+    """
+
+    rows: int = 8
+    columns: int = 8
+    method: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = 100
+    eta: float = 0.0
+    scale: int | None = None
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
+        images = self.draw(model, data.example_shape, key)
+        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
+        path = folder / "samples.png"
+        if jax.process_index() == 0:
+            pictures.write_png(pictures.grid(images, self.columns, scale=scale), path)
+        return str(path)
+
+    def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
+        """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
+        timesteps = model.config.timesteps
+        if not 1 <= self.steps <= timesteps:
+            raise UserError(f"--sampler.steps {self.steps} does not fit a model of {timesteps} steps: choose 1 to {timesteps}")
+        if self.rows < 1 or self.columns < 1:
+            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose --sampler.rows and .columns from 1")
+        schedule = schedules.make(model.config.schedule, timesteps)
+        method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
+
+        @jax.jit
+        def images(model: Any, key: jax.Array) -> jax.Array:
+            drawn = method(model, schedule, (self.rows * self.columns, *shape), key, steps=self.steps)
+            return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
+
+        return np.asarray(images(model, key))
