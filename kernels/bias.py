@@ -1,0 +1,116 @@
+"""What is added to the scores: an array, or a function of positions with learned tables, taken block by block.
+
+The array broadcasts to [B, N, T, S] and is quadratic in length where its last two dimensions are whole. `Bias` is not:
+kernels call its function on the positions of one block, forward and backward, and sum the gradients of its tables.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zoo.kernels.mask import AttentionError, Side
+
+BiasFunction = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("tables",), meta_fields=("function",))
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """A bias computed from learned tables: function(tables, head, query, key).
+
+    function is called with int32 arrays: head [1, N, 1, 1] (global index of the query head), query [1 or B, 1, t, 1] and
+    key [1 or B, 1, 1, s] (positions, see `Mask.positions`); what it returns broadcasts to [B, N, t, s]. It must treat
+    pairs one by one, and reach learned arrays through `tables` alone, a pytree of floating arrays.
+
+    >>> slopes = jnp.array([0.5, 0.25])  # ALiBi (Press et al. 2022, https://arxiv.org/abs/2108.12409) with two heads
+    >>> alibi = Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
+    """
+
+    function: BiasFunction
+    tables: Any
+
+
+Given = jax.Array | Bias | None
+
+
+def check(bias: Given, batch: int, heads: int, queries: int, keys: int) -> Given:
+    """The bias with its four dimensions written out; raises AttentionError where it does not fit."""
+    if bias is None:
+        return None
+    if isinstance(bias, Bias):
+        for path, table in jax.tree_util.tree_leaves_with_path(bias.tables):
+            if not jnp.issubdtype(jnp.result_type(table), jnp.floating):
+                name = jax.tree_util.keystr(path)
+                raise AttentionError(f"Bias table {name} is {jnp.result_type(table)}: tables must be floating arrays")
+        return Bias(bias.function, jax.tree.map(jnp.asarray, bias.tables))
+    array = jnp.asarray(bias)
+    full = (batch, heads, queries, keys)
+    if array.ndim > 4 or any(a not in (1, b) for a, b in zip(array.shape[::-1], full[::-1], strict=False)):
+        raise AttentionError(f"bias has shape {array.shape}: it must broadcast to [B, N, T, S] = {full}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise AttentionError(f"bias is {array.dtype}: give floating numbers, and what to hide as Mask(where=...)")
+    return array.reshape((1,) * (4 - array.ndim) + array.shape)
+
+
+def padded(bias: Given, queries: int, keys: int) -> Given:
+    """An array bias lengthened to whole blocks; a dimension of 1 stays."""
+    if bias is None or isinstance(bias, Bias):
+        return bias
+    extra = [0 if size == 1 else length - size for size, length in zip(bias.shape[2:], (queries, keys), strict=True)]
+    return jnp.pad(bias, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1]))) if any(extra) else bias
+
+
+def block(
+    bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, starts: tuple[jax.Array | int, jax.Array | int]
+) -> jax.Array:
+    """The bias of one block of scores, broadcastable to [B, N, t, s]; starts: of the block in the padded arrays."""
+    if isinstance(bias, Bias):
+        return _evaluate(bias.function, bias.tables, heads, query, key)
+    corner, sizes = _slice(bias.shape, query.length, key.length, starts)
+    return jax.lax.dynamic_slice(bias, corner, sizes)
+
+
+def zero_gradient(bias: Given, dtype: jnp.dtype) -> Any:
+    """Accumulators for `add_gradient`: like the array or the tables, in `dtype`."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, dtype), bias.tables if isinstance(bias, Bias) else bias)
+
+
+def add_gradient(
+    gradient: Any,
+    bias: Given,
+    scores: jax.Array,
+    heads: jax.Array,
+    query: Side,
+    key: Side,
+    starts: tuple[jax.Array | int, jax.Array | int],
+) -> Any:
+    """Adds what one block's gradient of the scores [B, N, t, s] gives for the bias."""
+    if bias is None:
+        return None
+    if isinstance(bias, Bias):
+        evaluate = lambda tables: jnp.broadcast_to(
+            _evaluate(bias.function, tables, heads, query, key).astype(scores.dtype), scores.shape
+        )
+        (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
+        return jax.tree.map(lambda total, one: total + one.astype(total.dtype), gradient, tables)
+    corner, sizes = _slice(bias.shape, query.length, key.length, starts)
+    summed = scores.sum([axis for axis, size in enumerate(bias.shape) if size == 1], keepdims=True)
+    return jax.lax.dynamic_update_slice(gradient, jax.lax.dynamic_slice(gradient, corner, sizes) + summed, corner)
+
+
+def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side, key: Side) -> jax.Array:
+    return function(tables, heads[None, :, None, None], query.positions[:, None, :, None], key.positions[:, None, None])
+
+
+def _slice(
+    shape: tuple[int, ...], queries: int, keys: int, starts: tuple[jax.Array | int, jax.Array | int]
+) -> tuple[tuple, tuple[int, ...]]:
+    """Corner and sizes of a block in an array bias; dimensions of 1 are taken whole."""
+    whole = [size == 1 for size in shape[2:]]
+    corner = (0, 0, *(0 if one else start for one, start in zip(whole, starts, strict=True)))
+    sizes = (*shape[:2], *(1 if one else size for one, size in zip(whole, (queries, keys), strict=True)))
+    return corner, sizes

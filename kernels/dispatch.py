@@ -1,0 +1,192 @@
+"""The one entry point of attention: checks its arguments, finds the layout, chooses an implementation, runs it."""
+
+import difflib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple, overload
+
+import jax
+import jax.numpy as jnp
+
+from zoo.kernels import bias as biases
+from zoo.kernels import chunked, layout, reference
+from zoo.kernels.mask import AttentionError, Mask
+from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_arrays, varying_axes, varying_over
+
+SCORE_BUDGET = 2**31
+"""Bytes of scores per device above which `xla` refuses a call: nothing becomes quadratic in memory unasked."""
+
+SMALL_SCORES = 2**20
+"""Bytes of scores per device up to which `auto` takes the plain equation."""
+
+
+class Implementation(NamedTuple):
+    """supports(problem) is None, or the reason why it cannot take it; problem's arrays are one device's part."""
+
+    attend: Callable[[Problem], AttentionOutput]
+    supports: Callable[[Problem], str | None]
+
+
+def score_bytes(problem: Problem) -> int:
+    """Size of the [B, N, T, S] scores."""
+    shape = problem.shape
+    return shape.batch * shape.heads * shape.queries * shape.keys * problem.dtype.itemsize
+
+
+def _within_budget(problem: Problem) -> str | None:
+    size = score_bytes(problem)
+    if size <= SCORE_BUDGET:
+        return None
+    return f"its scores take {size / 2**30:.1f} GiB a device, above {SCORE_BUDGET / 2**30:.0f}: use impl='chunked'"
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "xla": Implementation(reference.attend, _within_budget),
+    "chunked": Implementation(chunked.attend, lambda problem: None),
+}
+
+
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = ..., *, return_lse: Literal[False] = False, **options: Any
+) -> jax.Array: ...
+@overload
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = ..., *, return_lse: Literal[True], **options: Any
+) -> AttentionOutput: ...
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask = Mask(),
+    *,
+    bias: biases.Given = None,
+    soft_cap: float | None = None,
+    sinks: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    partition: layout.Partition = None,
+    return_lse: bool = False,
+) -> jax.Array | AttentionOutput:
+    """softmax(soft_cap(scale q k^T) + bias, masked) v, with dropout of the probabilities.
+
+    q: [B, T, N, H].  k: [B, S, K, H].  v: [B, S, K, H'] (H' is usually H); N a multiple of K: query head n attends
+    with key/value head n // (N / K). All of one floating type, which the result [B, T, N, H'] has too; scores and sums
+    are float32.
+
+    mask: which query attends to which key. A query left with none gives output 0, no gradient, and lse -inf.
+    bias: added to the scores: an array that broadcasts to [B, N, T, S], or a `Bias`. Gradients flow to either.
+    soft_cap: c turns a score x into c tanh(x / c), before the bias (Gemma 2).
+    sinks: [N], a learned score per head that takes part in the softmax and has no value (GPT-OSS).
+    dropout, dropout_key: probability and jax.random key; no key, no dropout. Which probabilities are dropped is a
+        function of the key and the global indices: the same for every implementation and every sharding.
+    scale: factor of the products, 1 / sqrt(H) where not given.
+    impl: "auto", "xla" or "chunked"; see `explain`.
+    partition: how q's [B, T, N] are cut over the mesh: a PartitionSpec, or a NamedSharding where no mesh is set. Not
+        needed under `zoo.sharding.use` or an Explicit mesh. Inside a caller's shard_map it names what that has cut.
+    return_lse: also return the log-sum-exp [B, T, N] of the scores, without sinks; gradients flow through it.
+
+    Raises AttentionError, one line, where arguments do not fit.
+    """
+    q, k, v = (jnp.asarray(x) for x in (q, k, v))
+    problem, place = _prepare(
+        q, k, v, mask, partition, bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=dropout_key, scale=scale
+    )
+    sinks = _check_sinks(sinks, problem.shape)
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(impl, ["auto", *IMPLEMENTATIONS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"give auto, {' or '.join(IMPLEMENTATIONS)}"
+        raise AttentionError(f"impl={impl!r} is unknown: {hint}")
+    output = _place(impl, place, problem, sinks)
+    return output if return_lse else output.output
+
+
+def _prepare(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, partition: layout.Partition, **options: Any
+) -> tuple[Problem, layout.Layout]:
+    shape = check_arrays(q, k, v)
+    place = layout.find(q, k, v, partition)
+    problem = build(q, k, v, mask, origin=layout.origin(place, shape), **options)
+    layout.check_indices_known(place, problem.seed is not None or isinstance(problem.bias, biases.Bias))
+    return problem, place
+
+
+def _check_sinks(sinks: jax.Array | None, shape: Shape) -> jax.Array | None:
+    if sinks is None:
+        return None
+    sinks = jnp.asarray(sinks)
+    if sinks.shape != (shape.heads,):
+        raise AttentionError(f"sinks have shape {sinks.shape}: they must be ({shape.heads},), one score per query head")
+    return sinks
+
+
+@partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _place(impl: str, place: layout.Layout, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+    attend = partial(_attend, impl)
+    return layout.run(place, attend, problem, sinks) if place.wraps else attend(problem, sinks)
+
+
+def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+    """One device's part."""
+    name = choose(problem) if impl == "auto" else impl
+    refusal = IMPLEMENTATIONS[name].supports(problem)
+    if refusal is not None:
+        raise AttentionError(f"impl={name!r} cannot take this call: {refusal}")
+    problem, sinks = varying_over((problem, sinks), varying_axes((problem, sinks)))
+    output, lse = IMPLEMENTATIONS[name].attend(problem)
+    if sinks is not None:
+        # With a sink in the denominator every probability shrinks by e^lse / (e^lse + e^sink).
+        share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype))
+        output = (output * share[..., None]).astype(output.dtype)
+    return AttentionOutput(output, lse)
+
+
+def choose(problem: Problem) -> str:
+    """The implementation that `auto` takes: the plain equation for small scores and decoding, else `chunked`."""
+    small = score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
+    if small and IMPLEMENTATIONS["xla"].supports(problem) is None:
+        return "xla"
+    return "chunked"
+
+
+class Candidate(NamedTuple):
+    """One implementation's answer to a call. refusal: why it cannot take it, or None. chosen: by impl="auto"."""
+
+    name: str
+    refusal: str | None
+    chosen: bool
+
+
+def explain(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask = Mask(),
+    *,
+    bias: biases.Given = None,
+    soft_cap: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    scale: float | None = None,
+    partition: layout.Partition = None,
+) -> list[Candidate]:
+    """Every implementation of a call of `attention` and, where it was refused, why. Takes arrays or their shapes.
+
+    Runs nothing. Raises AttentionError as `attention` does.
+    """
+    answers: list[Candidate] = []
+
+    def record(problem: Problem, sinks: None) -> AttentionOutput:
+        chosen = choose(problem)
+        answers[:] = [Candidate(name, one.supports(problem), name == chosen) for name, one in IMPLEMENTATIONS.items()]
+        return _attend(chosen, problem, sinks)
+
+    def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: biases.Given, key: jax.Array | None) -> None:
+        options = dict(bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=key, scale=scale)
+        problem, place = _prepare(q, k, v, mask, partition, **options)
+        layout.run(place, record, problem, None) if place.wraps else record(problem, None)
+
+    jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)
+    return answers

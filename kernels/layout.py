@@ -1,0 +1,214 @@
+"""Over which mesh axes a call is cut, and the call inside `jax.shard_map`.
+
+A hand-written kernel is opaque to the partitioner, so attention runs inside shard_map: rows over the mesh axes of the
+batch, query heads over those of the heads (keys and values with them, or whole where they are fewer), and queries
+over those of the length, with keys and values gathered. Where a caller is inside shard_map already, its manual axes
+are not wrapped again; `partition=` then serves to know the global indices.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+
+from zoo import sharding
+from zoo.kernels.bias import Bias
+from zoo.kernels.mask import AttentionError, ResolvedMask, Side
+from zoo.kernels.problem import AttentionOutput, Problem, Shape
+
+Names = tuple[str, ...]
+Partition = PartitionSpec | NamedSharding | None
+
+_TWO_WAYS = "name their axes with partition=PartitionSpec(batch, length, heads) or call it under zoo.sharding.use(mesh)"
+
+
+class Cut(NamedTuple):
+    """Mesh axes that cut q's [B, T, N]."""
+
+    batch: Names = ()
+    queries: Names = ()
+    heads: Names = ()
+
+
+class Layout(NamedTuple):
+    """What to do about the mesh: `cut` with a shard_map of ours, `manual` is cut already by the caller's."""
+
+    mesh: Mesh | AbstractMesh | None
+    cut: Cut
+    manual: Cut
+    named: bool
+
+    @property
+    def wraps(self) -> bool:
+        return self.mesh is not None and bool(_open_axes(self.mesh)) and (self.named or any(self.cut))
+
+
+def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition) -> Layout:
+    """From `partition`, else from the types under an Explicit mesh, else by the rules of `zoo.sharding.use`."""
+    mesh = _mesh(q, partition)
+    if mesh is None:
+        if isinstance(partition, PartitionSpec) and any(partition):
+            raise AttentionError(
+                f"partition={partition} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {partition})"
+            )
+        return Layout(None, Cut(), Cut(), named=partition is not None)
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    context = sharding.active()
+    if partition is not None:
+        spec = partition.spec if isinstance(partition, NamedSharding) else partition
+    elif AxisType.Explicit in kinds.values():
+        spec = jax.typeof(q).sharding.spec
+    elif context is not None:
+        spec = _by_rules(q, k, *context)
+    else:
+        if _maybe_sharded(mesh, q, k, v):
+            raise AttentionError(f"attention of arrays on a mesh of {_sizes(mesh)}: {_TWO_WAYS}")
+        spec = PartitionSpec()
+    cut = _entries(spec, mesh)
+    manual = Cut(*(tuple(axis for axis in names if kinds[axis] == AxisType.Manual) for names in cut))
+    cut = Cut(*(tuple(axis for axis in names if kinds[axis] != AxisType.Manual) for names in cut))
+    _check_divides(cut, q, k, mesh)
+    return Layout(mesh, cut, manual, named=partition is not None)
+
+
+def origin(layout: Layout, shape: Shape) -> tuple[jax.Array | int, jax.Array | int, jax.Array | int]:
+    """Global indices of the first row, query and query head, where a caller's shard_map has cut them."""
+    if layout.manual.queries and shape.keys <= shape.queries:
+        raise AttentionError(
+            f"inside shard_map over {'/'.join(layout.manual.queries)} keys and values are cut as the queries are "
+            f"(T={shape.queries}, S={shape.keys}): gather them first with jax.lax.all_gather(..., axis=1, tiled=True)"
+        )
+    sizes = (shape.batch, shape.queries, shape.heads)
+    starts = (jax.lax.axis_index(names) * n if names else 0 for names, n in zip(layout.manual, sizes, strict=True))
+    return tuple(starts)
+
+
+def check_indices_known(layout: Layout, needed: bool) -> None:
+    """Raises AttentionError inside a caller's shard_map where global indices are needed and nothing names the cut."""
+    manual = [] if layout.mesh is None else [a for a in layout.mesh.axis_names if a not in _open_axes(layout.mesh)]
+    if needed and not layout.named and any(layout.mesh.shape[axis] > 1 for axis in manual):
+        raise AttentionError(
+            f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias function depends on global "
+            "indices: say how [B, T, N] are cut with partition=PartitionSpec(...), or PartitionSpec() for not at all"
+        )
+
+
+def run(layout: Layout, attend: Callable[[Problem, Any], AttentionOutput], problem: Problem, sinks: Any) -> Any:
+    """attend(problem, sinks) inside a shard_map over the axes that are not manual yet."""
+    mesh, cut = layout.mesh, layout.cut
+    shape = problem.shape
+    ways = math.prod(mesh.shape[axis] for axis in cut.heads)
+    shares = ways > 1 and shape.kv_heads % ways != 0
+    group = jnp.arange(shape.heads, dtype=jnp.int32) // (shape.heads // shape.kv_heads) if shares else None
+
+    def local(problem: Problem, sinks: Any, group: jax.Array | None) -> AttentionOutput:
+        if group is not None:
+            k, v = (jax.lax.dynamic_slice_in_dim(x, group[0], 1, axis=2) for x in (problem.k, problem.v))
+            problem = problem.replace(k=k, v=v)
+        return attend(problem, sinks)
+
+    heads = PartitionSpec(cut.heads or None)
+    arguments = (problem, sinks, group)
+    specs = (_specs(problem, cut, () if shares else cut.heads), *(None if x is None else heads for x in arguments[1:]))
+    if AxisType.Explicit in mesh.axis_types:
+        lay = lambda spec, part: jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
+        arguments = jax.tree.map(lay, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
+    out = PartitionSpec(*(names or None for names in cut))
+    names = set(_open_axes(mesh))
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, axis_names=names)(*arguments)
+
+
+def _specs(problem: Problem, cut: Cut, kv_heads: Names) -> Problem:
+    """The problem with PartitionSpecs in the place of arrays."""
+    batch, queries, heads = (names or None for names in cut)
+    rows = problem.shape.batch
+    of = lambda x, *rest: None if x is None else PartitionSpec(batch if x.shape[0] == rows else None, *rest)
+    side = lambda side, axis: Side(PartitionSpec(axis), of(side.positions, axis), of(side.segments, axis))
+    mask = problem.mask
+    bias = problem.bias
+    if isinstance(bias, Bias):
+        bias = Bias(bias.function, PartitionSpec())
+    elif bias is not None:
+        whole = (batch, heads, queries, None)
+        bias = PartitionSpec(*(names if size > 1 else None for names, size in zip(whole, bias.shape, strict=True)))
+    kv = PartitionSpec(batch, None, kv_heads or None)
+    return problem.replace(
+        q=PartitionSpec(batch, queries, heads),
+        k=kv,
+        v=kv,
+        mask=ResolvedMask(
+            side(mask.query, queries), side(mask.key, None), of(mask.prefix), of(mask.lengths), rules=mask.rules
+        ),
+        bias=bias,
+        seed=None if problem.seed is None else PartitionSpec(),
+        batch=PartitionSpec(batch),
+        heads=PartitionSpec(heads),
+    )
+
+
+def _mesh(q: jax.Array, partition: Partition) -> Mesh | AbstractMesh | None:
+    """The mesh that is set, else that of the arguments' types, else that of `partition`; None where there is none."""
+    candidates = [jax.sharding.get_abstract_mesh(), jax.typeof(q).sharding.mesh]
+    if isinstance(partition, NamedSharding):
+        candidates.append(partition.mesh)
+    return next((mesh for mesh in candidates if not mesh.empty), None)
+
+
+def _open_axes(mesh: Mesh | AbstractMesh) -> Names:
+    """Axes that no enclosing shard_map has made manual."""
+    return tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+
+
+def _maybe_sharded(mesh: Mesh | AbstractMesh, *arrays: jax.Array) -> bool:
+    """Whether arrays may be cut over open axes of the mesh; inside jit their layout is not known."""
+    if math.prod(mesh.shape[axis] for axis in _open_axes(mesh)) == 1:
+        return False
+    return any(isinstance(x, jax.core.Tracer) or not x.sharding.is_fully_replicated for x in arrays)
+
+
+def _by_rules(q: jax.Array, k: jax.Array, mesh: AbstractMesh, rules: sharding.Rules) -> PartitionSpec:
+    """The rules' spec on the open axes; heads stay whole where groups would be torn apart."""
+    shown = _open_axes(mesh)
+    rules = {name: tuple(axis for axis in axes if axis in shown) for name, axes in rules.items()}
+    spec = sharding.partition_spec(("act_batch", "act_length", "act_heads", None), q.shape, mesh, rules)
+    ways = math.prod(mesh.shape[axis] for axis in _entries(spec, mesh).heads)
+    return spec if _keeps_groups(q.shape[2], k.shape[2], ways) else PartitionSpec(*spec[:2])
+
+
+def _keeps_groups(heads: int, kv_heads: int, ways: int) -> bool:
+    """Whether each part of the query heads has key/value heads of its own, or one that it shares."""
+    return kv_heads % ways == 0 or (heads // kv_heads) % (heads // ways) == 0
+
+
+def _entries(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Cut:
+    if len(spec) > 3 and any(spec[3:]):
+        raise AttentionError(f"partition {spec} cuts the head size: only B, T and N can be cut")
+    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec[:3]]
+    axes = [axis for names in entries for axis in names]
+    for axis in axes:
+        if axes.count(axis) > 1:
+            raise AttentionError(f"partition {spec} names {axis!r} twice: a mesh axis cuts one dimension")
+        if axis not in mesh.axis_names:
+            raise AttentionError(f"partition names {axis!r}: the mesh has the axes {', '.join(mesh.axis_names)}")
+    return Cut(*entries)
+
+
+def _check_divides(cut: Cut, q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMesh) -> None:
+    for name, names, size in zip(("B", "T", "N"), cut, q.shape, strict=False):
+        ways = math.prod(mesh.shape[axis] for axis in names)
+        if size % ways:
+            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
+            raise AttentionError(f"{name}={size} does not divide over {sizes}: partition it over a divisor of {size}")
+    ways = math.prod(mesh.shape[axis] for axis in cut.heads)
+    if not _keeps_groups(q.shape[2], k.shape[2], ways):
+        raise AttentionError(
+            f"{q.shape[2]} query heads in {k.shape[2]} groups do not divide over {ways} parts: "
+            "choose a divisor of the groups, or a multiple of them that divides the heads"
+        )
+
+
+def _sizes(mesh: Mesh | AbstractMesh) -> str:
+    return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())

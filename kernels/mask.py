@@ -1,0 +1,292 @@
+"""Which query attends to which key: one description, composable with `&`, that kernels can skip blocks by.
+
+`Mask` is what callers write. `Side` holds what is known of the queries or of the keys (index, position, segment), cut
+to any block; `allowed` evaluates the mask on two sides, `block_kinds` says which pairs of blocks it leaves empty.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Where = Callable[[jax.Array, jax.Array], jax.Array]
+PerSide = jax.Array | tuple[jax.Array, jax.Array]
+
+PADDING_INDEX = 2**31 - 1
+
+
+class AttentionError(ValueError):
+    """Arguments of attention that do not fit; one line that names the thing, the value and the mend."""
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("prefix", "segments", "positions", "lengths"),
+    meta_fields=("causal", "window", "where"),
+)
+@dataclass(frozen=True, eq=False)
+class Mask:
+    """Query q may attend to key k where every condition that is set holds; `Mask()` allows everything.
+
+    causal: position(q) >= position(k).
+    window: an int W keeps position(q) - position(k) < W and implies `causal`; a pair (left, right) keeps
+        -right <= position(q) - position(k) <= left, either of them None for no limit on that side.
+    prefix: [] or [B], with `causal`: keys at positions below it are seen by every query (prefix language models).
+    segments: int [B, T] (T equal S), or a (query [B, T], key [B, S]) pair: equal segments alone attend to each other.
+        Segment 0 is padding, which attends to nothing and is attended by nothing.
+    positions: int [T] or [B, T], or a (query, key) pair; counted from 0 where not given. Packed documents restart
+        them, decoding starts them at an offset, XLNet permutes them. They serve causal, window, prefix, where and
+        `Bias`, in every mask that this one is combined with.
+    lengths: int [B]: keys whose index (not position) is below it are there.
+    where: f(query position, key position) -> bool, for static patterns. It is called with int32 arrays
+        [1 or B, 1, T, 1] and [1 or B, 1, 1, S], or blocks of them, and must be elementwise.
+    """
+
+    causal: bool = False
+    window: int | tuple[int | None, int | None] | None = None
+    prefix: jax.Array | int | None = None
+    segments: PerSide | None = None
+    positions: PerSide | None = None
+    lengths: jax.Array | None = None
+    where: Where | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, int):
+            if self.window < 1:
+                raise AttentionError(f"window={self.window} keeps no key: give at least 1 (the query's own position)")
+            object.__setattr__(self, "causal", True)
+            object.__setattr__(self, "window", (self.window - 1, None))
+        if self.prefix is not None and not self.causal:
+            raise AttentionError("prefix= widens a causal mask: give causal=True with it")
+
+    def __and__(self, other: "Mask") -> "Mask":
+        """Both conditions at once; segments and positions may come from one side only."""
+        for name in ("segments", "positions"):
+            a, b = getattr(self, name), getattr(other, name)
+            if a is not None and b is not None and a is not b:
+                raise AttentionError(f"both masks name {name}: give {name} in one of them")
+        causal = self.causal or other.causal
+        prefix = None
+        if causal and all(m.prefix is not None for m in (self, other) if m.causal):
+            prefix = _smaller(self.prefix, other.prefix)
+        return Mask(
+            causal=causal,
+            window=_narrower(self.window, other.window),
+            prefix=prefix,
+            segments=other.segments if self.segments is None else self.segments,
+            positions=other.positions if self.positions is None else self.positions,
+            lengths=_smaller(self.lengths, other.lengths),
+            where=_Both(self.where, other.where) if self.where and other.where else self.where or other.where,
+        )
+
+
+@dataclass(frozen=True)
+class _Both:
+    """Two patterns at once; compares by value, so that jit's cache sees equal masks as equal."""
+
+    first: Where
+    second: Where
+
+    def __call__(self, query: jax.Array, key: jax.Array) -> jax.Array:
+        return self.first(query, key) & self.second(query, key)
+
+
+def _smaller(a: jax.Array | int | None, b: jax.Array | int | None) -> jax.Array | int | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return jnp.minimum(a, b)
+
+
+def _narrower(a: tuple | None, b: tuple | None) -> tuple | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return tuple(min((x for x in pair if x is not None), default=None) for pair in zip(a, b, strict=True))
+
+
+class Rules(NamedTuple):
+    """The static part of a resolved mask."""
+
+    causal: bool
+    left: int | None
+    right: int | None
+    where: Where | None
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "positions", "segments"), meta_fields=())
+@dataclass(frozen=True)
+class Side:
+    """What a mask knows of L queries or keys: global index [L], positions [1 or B, L], segments alike or None."""
+
+    index: jax.Array
+    positions: jax.Array
+    segments: jax.Array | None
+
+    @property
+    def length(self) -> int:
+        return self.index.shape[0]
+
+    def padded(self, length: int) -> "Side":
+        """Lengthened at the end: positions and segments repeat, the index becomes PADDING_INDEX."""
+        extra = length - self.length
+        if not extra:
+            return self
+        rows = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, extra)), mode="edge")
+        index = jnp.pad(self.index, (0, extra), constant_values=PADDING_INDEX)
+        return Side(index, rows(self.positions), rows(self.segments))
+
+    def block(self, start: jax.Array | int, length: int) -> "Side":
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1), self)
+
+
+@partial(
+    jax.tree_util.register_dataclass, data_fields=("query", "key", "prefix", "lengths"), meta_fields=("rules",)
+)
+@dataclass(frozen=True)
+class ResolvedMask:
+    """A mask with its shapes settled: prefix and lengths are [1 or B] or None. lengths limit the keys' index."""
+
+    query: Side
+    key: Side
+    prefix: jax.Array | None
+    lengths: jax.Array | None
+    rules: Rules
+
+    @property
+    def hides(self) -> bool:
+        """Whether any pair may be masked."""
+        rules = self.rules
+        limits = (rules.left, rules.right, rules.where, self.lengths, self.query.segments)
+        return rules.causal or any(limit is not None for limit in limits)
+
+    def padded(self, queries: int, keys: int) -> "ResolvedMask":
+        """Lengthened to whole blocks; the added keys are masked, the added queries are for the caller to drop."""
+        lengths = self.lengths
+        if keys > self.key.length and lengths is None:
+            lengths = jnp.full((1,), PADDING_INDEX, jnp.int32)
+        return dataclasses.replace(
+            self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths
+        )
+
+
+def resolve(
+    mask: Mask, batch: int, queries: int, keys: int, first_query: jax.Array | int = 0
+) -> ResolvedMask:
+    """The mask for arrays of these sizes; raises AttentionError where one of its arrays does not fit."""
+    left, right = mask.window if isinstance(mask.window, tuple) else (None, None)
+    segments = _pair(mask.segments, "segments", batch, queries, keys)
+    positions = _pair(mask.positions, "positions", batch, queries, keys)
+    sides = []
+    for first, length, position, segment in zip((first_query, 0), (queries, keys), positions, segments, strict=True):
+        index = first + jnp.arange(length, dtype=jnp.int32)
+        sides.append(Side(index, index[None] if position is None else position, segment))
+    return ResolvedMask(
+        *sides,
+        prefix=_per_row(mask.prefix, "prefix", batch),
+        lengths=_per_row(mask.lengths, "lengths", batch),
+        rules=Rules(mask.causal, left, right, mask.where),
+    )
+
+
+def _pair(
+    value: PerSide | None, name: str, batch: int, queries: int, keys: int
+) -> tuple[jax.Array | None, jax.Array | None]:
+    if value is None:
+        return None, None
+    if not isinstance(value, tuple | list):
+        if queries != keys:
+            raise AttentionError(f"mask {name} is one array and T={queries}, S={keys}: give a (query, key) pair")
+        value = (value, value)
+    checked = []
+    for array, length, side in zip(value, (queries, keys), ("query", "key"), strict=True):
+        array = jnp.asarray(array)
+        array = array[None] if array.ndim == 1 else array
+        if array.shape not in ((batch, length), (1, length)):
+            raise AttentionError(f"mask {side} {name} have shape {array.shape}: they must be ({batch}, {length})")
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise AttentionError(f"mask {side} {name} are {array.dtype}: they must be integers")
+        checked.append(array.astype(jnp.int32))
+    return checked[0], checked[1]
+
+
+def _per_row(value: jax.Array | int | None, name: str, batch: int) -> jax.Array | None:
+    if value is None:
+        return None
+    array = jnp.asarray(value, jnp.int32)
+    array = array[None] if array.ndim == 0 else array
+    if array.shape not in ((batch,), (1,)):
+        raise AttentionError(f"mask {name} has shape {array.shape}: it must be ({batch},), one number a row")
+    return array
+
+
+def _both_sides(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[b, t] and [b, s] as [b, 1, t, 1] and [b, 1, 1, s]."""
+    return query[:, None, :, None], key[:, None, None, :]
+
+
+def allowed(mask: ResolvedMask, query: Side, key: Side) -> jax.Array:
+    """Whether each of t queries may attend to each of s keys: bool [1 or B, 1, t, s]."""
+    rules = mask.rules
+    q, k = _both_sides(query.positions, key.positions)
+    keep = jnp.ones((1, 1, query.length, key.length), bool)
+    if rules.causal:
+        seen = q >= k
+        keep &= seen if mask.prefix is None else seen | (k < mask.prefix[:, None, None, None])
+    if rules.left is not None:
+        keep &= q - k <= rules.left
+    if rules.right is not None:
+        keep &= q - k >= -rules.right
+    if rules.where is not None:
+        keep &= rules.where(q, k)
+    if query.segments is not None and key.segments is not None:
+        q_segment, k_segment = _both_sides(query.segments, key.segments)
+        keep &= (q_segment == k_segment) & (q_segment != 0)
+    if mask.lengths is not None:
+        keep &= key.index < mask.lengths[:, None, None, None]
+    return keep
+
+
+class BlockKinds(NamedTuple):
+    """Per pair of blocks. needed: may hold an allowed pair; whole: holds allowed pairs only. bool [queries, keys]."""
+
+    needed: jax.Array
+    whole: jax.Array
+
+
+def block_kinds(mask: ResolvedMask, query_block: int, key_block: int) -> BlockKinds:
+    """By the range of positions, segments and indices in each block; lengths must be multiples of the blocks."""
+    rules = mask.rules
+    q_min, q_max = _ranges(mask.query.positions, query_block)
+    k_min, k_max = _ranges(mask.key.positions, key_block)
+    q_min, q_max, k_min, k_max = q_min[:, :, None], q_max[:, :, None], k_min[:, None], k_max[:, None]
+    needed = jnp.ones((1, mask.query.length // query_block, mask.key.length // key_block), bool)
+    whole = needed & (rules.where is None)
+    if rules.causal:
+        prefix = -PADDING_INDEX if mask.prefix is None else mask.prefix[:, None, None]
+        needed &= (q_max >= k_min) | (k_min < prefix)
+        whole &= (q_min >= k_max) | (k_max < prefix)
+    if rules.left is not None:
+        needed &= q_min - k_max <= rules.left
+        whole &= q_max - k_min <= rules.left
+    if rules.right is not None:
+        needed &= q_max - k_min >= -rules.right
+        whole &= q_min - k_max >= -rules.right
+    if mask.query.segments is not None and mask.key.segments is not None:
+        q_low, q_high = (x[:, :, None] for x in _ranges(mask.query.segments, query_block))
+        k_low, k_high = (x[:, None] for x in _ranges(mask.key.segments, key_block))
+        needed &= (q_low <= k_high) & (k_low <= q_high) & ((q_low != 0) | (q_high != 0))
+        whole &= (q_low == q_high) & (k_low == k_high) & (q_low == k_low) & (q_low != 0)
+    if mask.lengths is not None:
+        low, high = _ranges(mask.key.index[None], key_block)
+        needed &= low[:, None] < mask.lengths[:, None, None]
+        whole &= high[:, None] < mask.lengths[:, None, None]
+    return BlockKinds(needed.any(0), whole.all(0))
+
+
+def _ranges(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """Least and greatest value in each block: [b, L] to two of [b, L / block]."""
+    blocks = x.reshape(x.shape[0], -1, block)
+    return blocks.min(-1), blocks.max(-1)

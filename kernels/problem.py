@@ -1,0 +1,160 @@
+"""One attention call as implementations get it: checked arrays, a resolved mask, global indices, static numbers."""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from zoo.kernels import bias as biases
+from zoo.kernels import dropout as dropouts
+from zoo.kernels.mask import AttentionError, Mask, ResolvedMask, resolve
+
+Tree = TypeVar("Tree")
+
+
+class AttentionOutput(NamedTuple):
+    """output [B, T, N, H]; lse [B, T, N], float32: log-sum-exp of each row's scores, without sinks; -inf if empty."""
+
+    output: jax.Array
+    lse: jax.Array
+
+
+class Shape(NamedTuple):
+    """Sizes of a call: B, T, S, N, K, and head size H of q and k."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("q", "k", "v", "mask", "bias", "seed", "batch", "heads"),
+    meta_fields=("scale", "soft_cap", "dropout"),
+)
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """softmax(soft_cap(scale q k) + bias, masked) v, with dropout of the probabilities.
+
+    q [B, T, N, H], k [B, S, K, H], v [B, S, K, H']; bias with four dimensions, or a Bias, or None.
+    seed: uint32 words, or None without dropout; batch [B] and heads [N]: global indices of rows and query heads.
+    """
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    mask: ResolvedMask
+    bias: biases.Given
+    seed: jax.Array | None
+    batch: jax.Array
+    heads: jax.Array
+    scale: float
+    soft_cap: float | None
+    dropout: float
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(*self.q.shape[:2], self.k.shape[1], self.q.shape[2], self.k.shape[2], self.q.shape[3])
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """What scores, sums and accumulators are held in: float32, or float64 for float64 arguments."""
+        return jnp.promote_types(self.q.dtype, jnp.float32)
+
+    @property
+    def precision(self) -> jax.lax.Precision:
+        """Products of float32 arguments are float32 products on every platform; bfloat16 ones take one pass."""
+        full = jnp.finfo(self.q.dtype).bits >= 32
+        return jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
+
+    def replace(self, **changes: object) -> "Problem":
+        return dataclasses.replace(self, **changes)
+
+
+def build(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    mask: Mask,
+    *,
+    bias: biases.Given = None,
+    soft_cap: float | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    scale: float | None = None,
+    origin: tuple[jax.Array | int, jax.Array | int, jax.Array | int] = (0, 0, 0),
+) -> Problem:
+    """The checked call; raises AttentionError where arguments do not fit one another.
+
+    origin: global indices of the first row, query and query head, where these arrays are a part.
+    """
+    shape = check_arrays(q, k, v)
+    if not 0.0 <= dropout < 1.0:
+        raise AttentionError(f"dropout={dropout} is not a probability below 1: give 0 <= dropout < 1")
+    if soft_cap is not None and not soft_cap > 0:
+        raise AttentionError(f"soft_cap={soft_cap} is not positive: give a positive number, or None for no cap")
+    drops = dropout > 0 and dropout_key is not None
+    return Problem(
+        q=q,
+        k=k,
+        v=v,
+        mask=resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin[1]),
+        bias=biases.check(bias, shape.batch, shape.heads, shape.queries, shape.keys),
+        seed=dropouts.words(dropout_key) if drops else None,
+        batch=origin[0] + jnp.arange(shape.batch, dtype=jnp.int32),
+        heads=origin[2] + jnp.arange(shape.heads, dtype=jnp.int32),
+        scale=float(shape.head_dim**-0.5 if scale is None else scale),
+        soft_cap=None if soft_cap is None else float(soft_cap),
+        dropout=float(dropout) if drops else 0.0,
+    )
+
+
+def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> Shape:
+    """Their sizes; raises AttentionError where they do not fit one another."""
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        if array.ndim != 4:
+            wanted = "[B, T, N, H]" if name == "q" else "[B, S, K, H]"
+            raise AttentionError(f"{name} has shape {array.shape}: it must have four dimensions {wanted}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise AttentionError(f"{name} is {array.dtype}: it must be floating")
+        if array.dtype != q.dtype:
+            raise AttentionError(f"{name} is {array.dtype} and q is {q.dtype}: cast them to one type")
+    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    if min(q.shape + k.shape + v.shape) < 1:
+        raise AttentionError(f"q {q.shape}, k {k.shape}, v {v.shape}: no dimension may be 0")
+    if k.shape[0] != shape.batch or v.shape[0] != shape.batch:
+        raise AttentionError(f"q, k and v have {shape.batch}, {k.shape[0]} and {v.shape[0]} rows: B must be one number")
+    if k.shape[3] != shape.head_dim:
+        raise AttentionError(f"q has head size {shape.head_dim} and k {k.shape[3]}: H must be one number")
+    if v.shape[1:3] != k.shape[1:3]:
+        raise AttentionError(f"k has [S, K] = {k.shape[1:3]} and v {v.shape[1:3]}: they must be equal")
+    if shape.heads % shape.kv_heads:
+        raise AttentionError(f"{shape.heads} query heads do not divide over {shape.kv_heads} key/value heads")
+    return shape
+
+
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[b, n, t, s] as [b, k, g, t, s] for the scores of grouped heads; n is 1 or N."""
+    b, n, *rest = x.shape
+    return x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, kv_heads, n // kv_heads, *rest)
+
+
+def varying_axes(tree: Any) -> frozenset[str]:
+    """The mesh axes that arrays inside shard_map differ over."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
+
+
+def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
+    """The tree with every array marked as varying over `axes`, as loops inside shard_map ask of what they start from."""
+
+    def one(x: jax.Array) -> jax.Array:
+        missing = axes - varying_axes(x)
+        return jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(one, tree)

@@ -1,0 +1,38 @@
+"""`xla`: the plain equation over the whole [B, N, T, S] array of scores. The reference, and the choice at small sizes."""
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from zoo.kernels import bias as biases
+from zoo.kernels import dropout as dropouts
+from zoo.kernels.mask import allowed
+from zoo.kernels.problem import AttentionOutput, Problem, grouped
+
+
+def attend(problem: Problem) -> AttentionOutput:
+    """Quadratic memory; differentiable any number of times, forward and reverse."""
+    p, shape, mask = problem, problem.shape, problem.mask
+    q = p.q.reshape(*p.q.shape[:2], shape.kv_heads, -1, shape.head_dim)
+    products = dict(precision=p.precision, preferred_element_type=p.dtype)
+    scores = p.scale * jnp.einsum("btkgh,bskh->bkgts", q, p.k, **products)
+    if p.soft_cap is not None:
+        scores = p.soft_cap * jnp.tanh(scores / p.soft_cap)
+    if p.bias is not None:
+        bias = biases.block(p.bias, p.heads, mask.query, mask.key, (0, 0))
+        scores += grouped(bias, shape.kv_heads).astype(p.dtype)
+    if mask.hides:
+        scores = jnp.where(allowed(mask, mask.query, mask.key)[:, :, None], scores, -jnp.inf)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0, top))
+    total = weights.sum(-1, keepdims=True)
+    empty = total == 0
+    weights /= jnp.where(empty, 1, total)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(jnp.where(empty, 1, total)))
+    if p.seed is not None:
+        keep = dropouts.keep(p.seed, p.dropout, p.batch, p.heads, mask.query.index, mask.key.index)
+        weights = jnp.where(grouped(keep, shape.kv_heads), weights / (1 - p.dropout), 0)
+    out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(p.v.dtype), p.v, **products)
+    out = checkpoint_name(out.reshape(*p.q.shape[:3], -1).astype(p.q.dtype), "attention_out")
+    lse = checkpoint_name(lse[..., 0].transpose(0, 3, 1, 2).reshape(p.q.shape[:3]), "attention_lse")
+    return AttentionOutput(out, lse)
