@@ -73,8 +73,8 @@ def chunked_sums(
 ) -> tuple[jax.Array, Sums]:
     """`sums(head(hidden), batch)` with the logits of one chunk alive at a time, forward and backward.
 
-    hidden [B, T, D], arrays of batch [B, T]; T must be a multiple of `chunks`. A chunk's gradients are computed together
-    with its loss, so that nothing is recomputed: the total is a scalar, its cotangent only scales them.
+    hidden [B, T, D], arrays of batch [B, T]; T must be a multiple of `chunks`. A chunk's gradients are computed with
+    its loss, so that nothing is recomputed: the total is a scalar, its cotangent only scales them.
     Chunk j holds the positions congruent to j modulo `chunks`, which leaves rows and positions where they are sharded.
     """
 
@@ -127,7 +127,7 @@ class NextToken:
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         length = batch["tokens"].shape[1]
         if self.chunks < 1 or length % self.chunks:
-            raise UserError(f"--objective.chunks {self.chunks} does not divide the length {length}: choose a divisor of it")
+            raise UserError(f"--objective.chunks {self.chunks} does not divide the length {length}: choose a divisor")
         hidden = model.hidden(batch["tokens"], positions=batch["positions"], segments=batch["segments"], key=key)
 
         def sums(logits: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:

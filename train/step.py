@@ -4,10 +4,9 @@ Call and lower what this file compiles within `zoo.sharding.use(mesh)`: the modu
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +19,21 @@ from zoo import sharding
 from zoo.train import optimizer as optimizers
 from zoo.train.experiment import Batch, Experiment, Loss, UserError
 
-Metrics = dict[str, jax.Array]
 AnyExperiment = Experiment[Any, Any, Any, Any]
+
+
+class Metrics(NamedTuple):
+    """Figures of one step, each [] and alike on every host.
+
+    loss: sums over the batch, zero for a skipped step.  grad_norm: of the mean gradient, before clipping.
+    skipped, bad_steps: the state's, after the step.
+    """
+
+    loss: Loss
+    grad_norm: jax.Array
+    learning_rate: jax.Array
+    skipped: jax.Array
+    bad_steps: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -48,11 +60,11 @@ class State:
 
 
 def with_compute(experiment: AnyExperiment, mesh: Mesh) -> AnyExperiment:
-    """`experiment` with its model's compute dtype decided: "auto" is by the platform of the mesh, not of this process."""
+    """`experiment` with its model's compute dtype decided: "auto" is by the platform of the mesh's devices."""
     compute = experiment.compute
     if compute == "auto":
         compute = "float32" if mesh.devices.flat[0].platform == "cpu" else "bfloat16"
-    if compute not in ("float32", "bfloat16", "float16"):
+    if compute not in ("float32", "bfloat16"):
         raise UserError(f"--compute {compute} is unknown: choose auto, bfloat16 or float32")
     precision = dataclasses.replace(experiment.model.precision, compute=compute)
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, precision=precision))
@@ -65,9 +77,10 @@ def check_batch(experiment: AnyExperiment, mesh: Mesh) -> None:
         raise UserError(f"--batch-size {size} is not divisible by --accumulate {micro}: choose a multiple of it")
     if size // micro % ways:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)
-        of = f"--batch-size {size}" + (f" over --accumulate {micro} is {size // micro} rows, which" if micro > 1 else "")
+        each = f" over --accumulate {micro} is {size // micro} rows, which" if micro > 1 else ""
         raise UserError(
-            f"{of} is not divisible by the {ways} ways of mesh axes {axes}: choose a multiple of {micro * ways}"
+            f"--batch-size {size}{each} is not divisible by the {ways} ways of mesh axes {axes}: "
+            f"choose a multiple of {micro * ways}"
         )
 
 
@@ -108,10 +121,8 @@ def abstract_batch(example: Mapping[str, Any], batch_size: int, mesh: Mesh) -> d
 def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
     """The compiled step (state, batch) -> (state, metrics). The state it is given is donated: its buffers are reused.
 
-    metrics are [] float32, alike on every host: sums over the batch (total, weight and the objective's own, zero for a
-    skipped step), grad_norm before clipping, learning_rate, and the state's bad_steps and skipped.
-    A step is skipped, leaving parameters, moments and average as they were, when its loss or gradient is not finite. Both
-    are sums over all devices, so that every host decides alike.
+    A step is skipped, leaving parameters, moments and average as they were, when its loss or gradient is not finite.
+    Both are sums over all devices, so that every host decides alike.
     """
     optimizer = optimizers.make(experiment.optimizer, experiment.steps)
     rate = optimizers.schedule(experiment.optimizer, experiment.steps)
@@ -130,7 +141,9 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         ema = averaged(experiment.ema, state.ema, model, state.step - state.skipped)
         # A select on each result fuses into its update, which reads the old value anyway: no traffic, no branch.
         model, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (model, opt_state, ema), (state.model, state.opt_state, state.ema)
+            lambda new, old: jnp.where(good, new, old),
+            (model, opt_state, ema),
+            (state.model, state.opt_state, state.ema),
         )
         new = State(
             step=state.step + 1,
@@ -140,12 +153,8 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
             skipped=state.skipped + ~good,
             bad_steps=jnp.where(good, 0, state.bad_steps + 1),
         )
-        metrics = jax.tree.map(
-            lambda x: jnp.where(good, x, 0), {"total": loss.total, "weight": loss.weight, **loss.metrics}
-        )
-        metrics |= {"grad_norm": norm, "learning_rate": rate(state.step - state.skipped)}
-        metrics |= {"bad_steps": new.bad_steps, "skipped": new.skipped}
-        return new, jax.tree.map(lambda x: x.astype(jnp.float32), metrics)
+        counted = jax.tree.map(lambda x: jnp.where(good, x, 0), loss)
+        return new, Metrics(counted, norm, rate(state.step - state.skipped), new.skipped, new.bad_steps)
 
     return jax.jit(
         step,
@@ -155,10 +164,8 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
     )
 
 
-def accumulated(
-    experiment: AnyExperiment, model: Any, batch: Batch, key: jax.Array, layout: Any
-) -> tuple[Any, Loss]:
-    """Sums over the micro-batches of a batch: gradient of the summed losses, float32 and laid out as `layout`; losses."""
+def accumulated(experiment: AnyExperiment, model: Any, batch: Batch, key: jax.Array, layout: Any) -> tuple[Any, Loss]:
+    """Sums over a batch's micro-batches: the losses' gradient, float32 and laid out as `layout`, and the losses."""
 
     def one(batch: Batch, key: jax.Array) -> tuple[Any, Loss]:
         def total(model: Any) -> tuple[jax.Array, Loss]:

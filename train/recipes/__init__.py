@@ -1,0 +1,14 @@
+"""Recipes by name: functions without arguments that return an Experiment."""
+
+from collections.abc import Callable
+from typing import Any
+
+from zoo.train.experiment import Experiment
+from zoo.train.recipes import gpt2, gpt3
+from zoo.train.recipes.gpt_nano import gpt_nano
+
+RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
+    "gpt-nano": gpt_nano,
+    **gpt2.RECIPES,
+    **gpt3.RECIPES,
+}

@@ -1,0 +1,38 @@
+"""Held-out figures of a model, in training and of a finished run."""
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from zoo import sharding
+from zoo.train import session as sessions
+from zoo.train.data.loader import batches
+from zoo.train.experiment import Dataset, Placement
+from zoo.train.session import Session
+from zoo.train.step import eval_step
+
+
+def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, float]]:
+    """A function from a model to the objective's summary over one pass of `dataset`; it compiles at its first call."""
+    experiment, mesh = session.experiment, session.mesh
+    rows = experiment.batch_size // experiment.accumulate
+    compiled = eval_step(experiment, mesh)
+
+    def evaluate(model: Any) -> dict[str, float]:
+        with sharding.use(mesh), closing(batches(dataset, mesh, rows, 0, dataset.batches)) as source:
+            losses = jax.device_get([compiled(model, batch) for batch in source])
+        total, weight, metrics = jax.tree.map(lambda *sums: float(np.sum(sums, dtype=np.float64)), *losses)
+        return experiment.objective.summary(total, weight, metrics)
+
+    return evaluate
+
+
+def evaluate_run(folder: Path, placement: Placement) -> tuple[dict[str, float], int]:
+    """The held-out figures of a run's newest checkpoint, and its step."""
+    session = sessions.start(sessions.recorded(folder), placement)
+    model, step = sessions.trained_model(folder, session)
+    return evaluator(session, session.dataset("validation"))(model), step

@@ -1,0 +1,91 @@
+"""What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
+
+import sys
+from collections.abc import Mapping
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class Display(Protocol):
+    def line(self, text: str) -> None:
+        """Prints one line that stays."""
+        ...
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        """Shows step and figures: loss, UNIT_per_second, step_seconds."""
+        ...
+
+    def close(self) -> None: ...
+
+
+def display(steps: int, unit: str, *, quiet: bool) -> Display:
+    """What suits this process and its standard output."""
+    if quiet:
+        return Quiet()
+    return Bar(steps, unit) if sys.stdout.isatty() else Lines(steps, unit)
+
+
+def duration(seconds: float) -> str:
+    """1:02:03, 2:03, 0:03."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+class Quiet:
+    def line(self, text: str) -> None: ...
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines:
+    """One line an update; flushed, so that a log file can be followed."""
+
+    def __init__(self, steps: int, unit: str):
+        self._steps, self._unit = steps, unit
+
+    def line(self, text: str) -> None:
+        print(text, flush=True)
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        left = duration((self._steps - step) * figures["step_seconds"])
+        rate = figures[f"{self._unit}_per_second"]
+        self.line(f"step {step}/{self._steps}  loss {figures['loss']:.4f}  {rate:,.0f} {self._unit}/s  {left} left")
+
+    def close(self) -> None: ...
+
+
+class Bar:
+    """A bar that stays at the bottom of the terminal; lines scroll above it."""
+
+    def __init__(self, steps: int, unit: str):
+        self._steps, self._unit = steps, unit
+        self._bar = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[text]}"),
+            console=Console(highlight=False),
+            transient=True,
+        )
+        self._task = self._bar.add_task("", total=steps, text="compiling")
+        self._started = False
+
+    def line(self, text: str) -> None:
+        self._bar.console.print(text, markup=False, soft_wrap=True)
+
+    def update(self, step: int, figures: Mapping[str, float]) -> None:
+        if not self._started:
+            self._started = True
+            self._bar.start()
+        left = duration((self._steps - step) * figures["step_seconds"])
+        rate = figures[f"{self._unit}_per_second"]
+        text = f"loss {figures['loss']:.3f}  {rate:,.0f} {self._unit}/s  {left} left"
+        self._bar.update(self._task, completed=step, text=text)
+
+    def close(self) -> None:
+        self._bar.stop()

@@ -1,0 +1,58 @@
+"""An experiment on devices: mesh made, data prepared, model fitted to both. What training and using a run share."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from flax import nnx
+from jax.sharding import Mesh
+
+from zoo import sharding
+from zoo.train import checkpoints, run_folder
+from zoo.train.experiment import Dataset, Experiment, Placement, UserError
+from zoo.train.processes import on_first
+from zoo.train.recipes import RECIPES
+from zoo.train.step import AnyExperiment, check_batch, with_compute
+
+
+@dataclass(frozen=True)
+class Session:
+    """experiment: complete, with the vocabulary of the data and the compute dtype of the mesh in its model's config."""
+
+    experiment: AnyExperiment
+    mesh: Mesh
+
+    def dataset(self, split: str) -> Dataset:
+        """The "train" split in the run's batches, or "validation" in micro-batches, which are what fits in memory."""
+        rows = self.experiment.batch_size
+        rows = rows if split == "train" else rows // self.experiment.accumulate
+        return self.experiment.data.open(split, batch_size=rows, seed=self.experiment.seed)
+
+
+def start(experiment: AnyExperiment, placement: Placement) -> Session:
+    """Raises UserError (or a ValueError of ours) where mesh, batch, data and model do not fit together."""
+    mesh = sharding.make_mesh(placement.mesh)
+    check_batch(experiment, mesh)
+    on_first(experiment.data.prepare)
+    fitted = dataclasses.replace(experiment, model=experiment.data.fit(experiment.model))
+    return Session(with_compute(fitted, mesh), mesh)
+
+
+def recorded(folder: Path) -> AnyExperiment:
+    """The experiment of a run folder, as it was started."""
+    name = run_folder.name(folder)
+    if name not in RECIPES:
+        nearest = difflib.get_close_matches(name, RECIPES, n=1, cutoff=0.0)
+        raise UserError(f"{folder} is a run of {name!r}, which is no recipe here: did you mean {', '.join(nearest)}?")
+    return run_folder.load(folder, RECIPES[name]())
+
+
+def trained_model(folder: Path, session: Session) -> tuple[Any, int]:
+    """The model to use (the average where there is one) from a run's newest intact checkpoint, and its step."""
+    experiment: Experiment[Any, Any, Any, Any] = session.experiment
+    abstract = sharding.with_shardings(sharding.abstract(lambda: experiment.model.build(nnx.Rngs(0))), session.mesh)
+    part = "model" if experiment.ema is None else "ema"
+    found = checkpoints.load(folder / run_folder.CHECKPOINTS, abstract, part)
+    return found.state, found.step
