@@ -318,13 +318,16 @@ def _together(action: Callable[[], Result]) -> Result:
 
 
 def _agree(message: str) -> str:
-    """The first message among the processes that is not empty; all of them wait here for each other."""
+    """A message that some process has, or ""; all of them wait here for each other.
+
+    The last process's, because the first also complains of what the others failed to do, and they know why.
+    """
     if jax.process_count() == 1:
         return message
     own = np.zeros(_MESSAGE_BYTES, np.uint8)
     text = np.frombuffer(message.encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
     own[: len(text)] = text
-    for row in np.asarray(multihost_utils.process_allgather(own)):
+    for row in np.asarray(multihost_utils.process_allgather(own))[::-1]:
         if row.any():
             return row.tobytes().rstrip(b"\0").decode(errors="replace")
     return ""

@@ -5,10 +5,13 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -372,3 +375,134 @@ def test_the_manifest_is_json_with_its_own_digest(tmp_path):
     ):
         (tmp_path / "step_00000001/manifest.json").write_text(altered)
         assert verify(tmp_path, 1) == ["manifest.json was altered or is of another format than 1"]
+
+
+def run_processes(processes: int, *jobs: tuple[str, Path, str]) -> list[list[dict[str, Any]]]:
+    """For each job (action, folder, mesh), what each process saw."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).parent / "checkpoint_process.py"
+    arguments = [str(processes), str(port), json.dumps(jobs, default=str)]
+    started = [
+        subprocess.Popen([sys.executable, script, str(process), *arguments], stdout=subprocess.PIPE, text=True)
+        for process in range(processes)
+    ]
+    try:
+        seen = [json.loads(process.communicate(timeout=120)[0].splitlines()[-1]) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return list(map(list, zip(*seen, strict=True)))
+
+
+def test_processes_and_meshes(tmp_path):
+    """Saved by two processes, restored by two and by one on other meshes, and the other way round."""
+    two, one = tmp_path / "two", tmp_path / "one"
+    saw, restored = run_processes(2, ("save", two, "fsdp=2,tensor=2"), ("restore", two, "fsdp=2,tensor=2"))
+    assert saw == [{"failures": ["", "", "", ""], "steps": [2, 3]}] * 2
+    expected = {"step": 3, "meta": {"step": 3}, "same": True, "said": []}
+    assert restored == [{**expected, "spec": "P('fsdp', 'tensor')"}] * 2
+    assert verify(two, 3) == [] and len(files_of(two / "step_00000003/arrays/kernel")) == 5
+    kernel = np.arange(64, dtype=np.float32).reshape(8, 8) / 7 + 3
+    np.testing.assert_allclose(load_arrays(two, ["kernel"]).state["kernel"], kernel, rtol=1e-6)
+
+    restored, _ = run_processes(1, ("restore", two, "fsdp=4"), ("save", one, "data=2,fsdp=2"))
+    assert restored == [{**expected, "spec": "P('fsdp', None)"}]
+    restored, again = run_processes(2, ("restore", two, "data=2,tensor=2"), ("restore", one, "tensor=4"))
+    assert restored == again == [{**expected, "spec": "P(None, 'tensor')"}] * 2
+
+
+def test_processes_fail_and_go_back_together(tmp_path):
+    mesh = "fsdp=2,tensor=2"
+    jobs = [(action, tmp_path, mesh) for action in ("save_with_a_full_disk", "save", "restore_damaged")]
+    failed, saw, restored = run_processes(2, *jobs)
+    for seen in failed:
+        heads = [failure.split(" in ")[0] for failure in seen["failures"]]
+        assert heads == ["", "checkpoint 1 was not saved", "", "checkpoint 3 was not saved"] and seen["steps"] == []
+        assert "the disk is full" in seen["failures"][1]
+    assert saw == [{"failures": ["", "", "", ""], "steps": [2, 3]}] * 2
+    for seen in restored:
+        assert seen["step"] == 2 and seen["same"]
+    assert "going back to checkpoint 2" in restored[0]["said"][0]
+
+
+def test_a_full_disk(tmp_path):
+    """A real one: a tmpfs of 1 MiB in a mount namespace that ends with the child, and a state of 200 KiB."""
+    inside = """
+import json, sys
+from pathlib import Path
+import jax.numpy as jnp
+from zoo.train.checkpoints import Checkpoints
+from zoo.train.experiment import UserError
+
+folder = Path(sys.argv[1])
+(folder / "filler").write_bytes(bytes(500_000))
+checkpoints = Checkpoints(folder / "checkpoints", keep_last=9)
+failures = []
+for step in range(1, 6):
+    try:
+        checkpoints.save(step, {"x": jnp.full(25_600, step), "y": jnp.full(25_600, -step)}, meta={})
+        checkpoints.wait()
+    except UserError as error:
+        failures.append([step, str(error)])
+        (folder / "filler").unlink(missing_ok=True)
+problems = [checkpoints.verify(step) for step in checkpoints.steps()]
+print(json.dumps({"steps": checkpoints.steps(), "failures": failures, "problems": problems}))
+"""
+    command = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1"'
+    namespace = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+    if shutil.which("unshare") is None or subprocess.run([*namespace, command, "", tmp_path, "true"]).returncode:
+        pytest.skip("this system lets its users mount nothing")
+    run = subprocess.run([*namespace, command, "", tmp_path, sys.executable, inside], capture_output=True, text=True)
+    seen = json.loads(run.stdout)
+    assert seen["steps"] == [1, 2, 4, 5] and seen["problems"] == [[]] * 4
+    ((step, line),) = seen["failures"]
+    assert step == 3 and "the disk is full" in line and "\n" not in line
+
+
+def test_killed_at_any_moment(tmp_path):
+    """A process that saves and deletes without pause is killed; what is listed afterwards verifies, every time."""
+    inside = """
+import sys
+from pathlib import Path
+import jax.numpy as jnp
+from zoo.train.checkpoints import Checkpoints
+
+checkpoints = Checkpoints(Path(sys.argv[1]), keep_last=1)
+first = (checkpoints.steps() or [0])[-1] + 1
+for step in range(first, 10_000):
+    checkpoints.save(step, {f"x{i}": jnp.full(1000, step) for i in range(10)}, meta={})
+    print(step, flush=True)
+"""
+    draw = random.Random(1)
+    for _ in range(3):
+        child = subprocess.Popen([sys.executable, "-c", inside, tmp_path], stdout=subprocess.PIPE, text=True)
+        for _ in range(3):
+            child.stdout.readline()
+        time.sleep(draw.uniform(0, 0.3))
+        child.kill()
+        child.wait()
+        child.stdout.close()
+        assert 1 <= len(steps(tmp_path)) <= 2 and all(verify(tmp_path, step) == [] for step in steps(tmp_path))
+        last = steps(tmp_path)[-1]
+        assert (load_arrays(tmp_path).state["x9"] == last).all()
+    saved(tmp_path, last + 1, keep_last=1)
+    assert [path.name for path in tmp_path.iterdir()] == [f"step_{last + 1:08d}"]
+
+
+def test_deletion_begins_with_the_manifest(tmp_path, monkeypatch):
+    said: list[str] = []
+    checkpoints = Checkpoints(tmp_path, keep_last=1, say=said.append)
+    checkpoints.save(1, build(1), meta={})
+    checkpoints.wait()
+
+    def refuse(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", refuse)
+        checkpoints.save(2, build(2), meta={})
+        checkpoints.wait()
+    assert said == ["checkpoint 1 could not be deleted: Permission denied"]
+    assert checkpoints.steps() == [2] and (tmp_path / "step_00000001/arrays").exists()
