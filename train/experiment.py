@@ -87,7 +87,7 @@ class DataConfig(Protocol):
         ...
 
     def fit(self, model: Any) -> Any:
-        """`model` (its config) with what only the data knows, such as a tokenizer's vocabulary; called after prepare."""
+        """`model` (its config) with what only the data knows, say a tokenizer's vocabulary; called after prepare."""
         ...
 
 
