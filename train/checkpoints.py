@@ -8,7 +8,6 @@ With several processes, each of them makes the same calls in the same order, and
 """
 
 import logging
-import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -81,24 +80,16 @@ class Checkpoints:
         """Copies `state` to the host and returns; the writing goes on in the background, after that of the last save.
 
         `meta` is any JSON. The step that was saved or restored last is not written again. Raises UserError where the
-        save before failed, or this one cannot begin; then nothing was started, and the next call tries anew.
+        save before failed; then nothing was started, and the next call tries anew.
         """
-        from zoo.train import saving  # imports orbax, which reading does without
+        from zoo.train.saving import Save  # imports orbax, which reading does without
 
         self.wait()
         if step == self._current:
             return
         Manifest(step, meta, {}, {}).encode()  # raises here, not in the background, on what is not JSON
         values = {name: jax.numpy.asarray(value) for name, value in named(state).items()}
-        target = self.folder / manifest.folder_name(step)
-        problem = ""
-        if jax.process_index() == 0:
-            try:
-                self._clear(target)
-            except OSError as error:
-                problem = saving.reason(error)
-        self._raise_failure(step, _agree(problem))
-        under_way = saving.Save(target, step, values, meta)
+        under_way = Save(self.folder / manifest.folder_name(step), step, values, meta)
 
         def finish() -> None:
             self._failure = under_way.finish()
@@ -115,9 +106,11 @@ class Checkpoints:
             return
         self._background.join()
         self._background = None
-        step, self._current = self._current, None
-        self._raise_failure(step, _agree(self._failure))
-        self._current = step
+        if self._failure:
+            step, self._current = self._current, None
+            raise UserError(
+                f"checkpoint {step} was not saved in {self.folder}: {self._failure}; those before it are as they were"
+            )
 
     def restore(self, abstract_state: Any) -> Restored | None:
         """The newest checkpoint that verifies, laid out as `abstract_state` (see `sharding.with_shardings`) asks.
@@ -132,20 +125,6 @@ class Checkpoints:
         self._current = found.step
         return found._replace(state=_rebuild(abstract_state, found.state))
 
-    def _raise_failure(self, step: int | None, failure: str) -> None:
-        if failure:
-            raise UserError(
-                f"checkpoint {step} was not saved in {self.folder}: {failure}; those before it are as they were"
-            )
-
-    def _clear(self, target: Path) -> None:
-        """Makes an empty `target`, and removes what interrupted saves and deletions have left."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for folder in manifest.checkpoint_folders(self.folder).values():
-            if folder == target or not (folder / manifest.NAME).exists():
-                _remove(folder)
-        target.mkdir()
-
     def _delete_old(self, step: int) -> None:
         """Deletes what is not to be kept up to `step`; a later one, passed over at the start, waits its turn."""
         past = [old for old in self.steps() if old <= step]
@@ -154,15 +133,9 @@ class Checkpoints:
         for old in past:
             if old not in kept:
                 try:
-                    _remove(self.folder / manifest.folder_name(old))
+                    manifest.remove(self.folder / manifest.folder_name(old))
                 except OSError as error:
                     self._say(f"checkpoint {old} could not be deleted: {error.strerror}")
-
-
-def _remove(folder: Path) -> None:
-    """The manifest goes first: killed at any point, this leaves a checkpoint or a folder that is none."""
-    (folder / manifest.NAME).unlink(missing_ok=True)
-    shutil.rmtree(folder)
 
 
 def steps(folder: Path) -> list[int]:
@@ -318,16 +291,13 @@ def _together(action: Callable[[], Result]) -> Result:
 
 
 def _agree(message: str) -> str:
-    """A message that some process has, or ""; all of them wait here for each other.
-
-    The last process's, because the first also complains of what the others failed to do, and they know why.
-    """
+    """The first message that is not "" among those of all processes, which wait here for each other."""
     if jax.process_count() == 1:
         return message
     own = np.zeros(_MESSAGE_BYTES, np.uint8)
     text = np.frombuffer(message.encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
     own[: len(text)] = text
-    for row in np.asarray(multihost_utils.process_allgather(own))[::-1]:
+    for row in np.asarray(multihost_utils.process_allgather(own)):
         if row.any():
             return row.tobytes().rstrip(b"\0").decode(errors="replace")
     return ""

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,6 +114,12 @@ def checkpoint_folders(folder: Path) -> dict[int, Path]:
         if match and entry.name == folder_name(int(match[1])) and entry.is_dir() and not entry.is_symlink():
             found[int(match[1])] = entry
     return dict(sorted(found.items()))
+
+
+def remove(folder: Path) -> None:
+    """Deletes a checkpoint, its manifest first: killed anywhere, this leaves a checkpoint or a folder that is none."""
+    (folder / NAME).unlink(missing_ok=True)
+    shutil.rmtree(folder)
 
 
 def describe_chunk(file: Path) -> dict[str, Any]:

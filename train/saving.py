@@ -6,11 +6,12 @@ orbax; what only reads checkpoints does not import this module.
 """
 
 import asyncio
+import contextlib
 import errno
 import json
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,8 @@ class ChecksummedArrayHandler(ocp.type_handlers.ArrayHandler):
 class Save:
     """A save that is under way: copied to the host when the object exists, on disk when `finish` returns.
 
-    Every process makes one at the same point. Whatever fails in one of them is kept until `finish`, so that the others
-    never wait for it in vain.
+    Every process makes one at the same point. Whatever fails in one is kept until the end, so that the others never
+    wait for it in vain; they meet at barriers of JAX's coordination service, which leave the devices to the training.
     """
 
     def __init__(self, target: Path, step: int, values: Mapping[str, jax.Array], meta: dict[str, Any]):
@@ -89,53 +90,80 @@ class Save:
         }
         self._futures: Sequence[Any] = ()
         self._failure = ""
-        self._barrier = ocp.multihost.get_barrier_sync_fn()
         self._arrays = ChecksummedArrayHandler()
+        self._barrier = ocp.multihost.get_barrier_sync_fn()
+        with self._keeping_failure():
+            if jax.process_index() == 0:
+                make_room(target)
+        with self._keeping_failure():
+            self._meet("begun")
+            if not self._failure:
+                self._futures = self._start(values)
+
+    def _start(self, values: Mapping[str, jax.Array]) -> Sequence[Any]:
+        """orbax's futures of the files that this process writes."""
         handler = ocp.PyTreeCheckpointHandler(
             use_ocdbt=False,
             use_zarr3=True,
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, self._arrays)),
         )
         item = {manifest.file_name(name): value for name, value in values.items()}
-        try:
-            saving = handler.async_save(target.absolute() / manifest.ARRAYS, args=ocp.args.PyTreeSave(item))
-            # In a thread of its own, because the caller's may already run an event loop, as a notebook's does.
-            with ThreadPoolExecutor(1) as pool:
-                self._futures = pool.submit(asyncio.run, saving).result() or ()
-        except Exception as error:
-            self._failure = reason(error)
+        saving = handler.async_save(self._target.absolute() / manifest.ARRAYS, args=ocp.args.PyTreeSave(item))
+        # In a thread of its own, because the caller's may already run an event loop, as a notebook's does.
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(asyncio.run, saving).result() or ()
 
     def finish(self) -> str:
-        """Waits for the files of every process, then commits; returns what went wrong, in one line, or ""."""
-        if not self._failure:
-            try:
-                for future in self._futures:
-                    future.result()
-                files = [f"{manifest.ARRAYS}/{name}" for name in self._arrays.written]
-                part = {file: manifest.describe_chunk(self._target / file) for file in files}
-                self._part(jax.process_index()).write_text(json.dumps(part))
-            except Exception as error:
-                self._failure = reason(error)
-        try:
-            self._barrier(key=f"checkpoint_{self._step}", timeout_ms=_BARRIER_MS)
+        """Waits for the files of every process and for the commit; returns what went wrong, in one line, or ""."""
+        with self._keeping_failure():
+            for future in self._futures:
+                future.result()
+        with self._keeping_failure():
+            self._write_part()
+        with self._keeping_failure():
+            self._meet("written")
             if jax.process_index() == 0 and not self._failure:
                 self._commit()
-        except Exception as error:
-            self._failure = reason(error)
+        with self._keeping_failure():
+            self._meet("committed")
+            if not self._failure and not (self._target / manifest.NAME).exists():
+                self._failure = "process 0 did not commit it"
         if self._failure and jax.process_index() == 0:
             shutil.rmtree(self._target, ignore_errors=True)
         return self._failure
 
+    @contextlib.contextmanager
+    def _keeping_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # of whatever kind: see the class
+            self._failure = self._failure or reason(error)
+
+    def _meet(self, point: str) -> None:
+        self._barrier(key=f"checkpoint_{self._step}_{point}", timeout_ms=_BARRIER_MS)
+
     def _part(self, process: int) -> Path:
         return self._target / f"part_{process:05d}.json"
+
+    def _write_part(self) -> None:
+        """Tells process 0 what this process wrote."""
+        files = [] if self._failure else [f"{manifest.ARRAYS}/{name}" for name in self._arrays.written]
+        content = {
+            "failure": self._failure,
+            "files": {file: manifest.describe_chunk(self._target / file) for file in files},
+        }
+        self._part(jax.process_index()).write_text(json.dumps(content))
 
     def _commit(self) -> None:
         chunks: dict[str, dict[str, Any]] = {}
         for process in range(jax.process_count()):
             try:
-                chunks |= json.loads(self._part(process).read_bytes())
-            except FileNotFoundError:
-                raise OSError(f"process {process} wrote nothing that process 0 can see in {self._target}") from None
+                part = json.loads(self._part(process).read_bytes())
+            except (OSError, ValueError):
+                raise OSError(f"process {process} left no word in {self._target}, which all must see") from None
+            if part["failure"]:
+                raise OSError(f"process {process}: {part['failure']}")
+            chunks |= part["files"]
             self._part(process).unlink()
         for name, array in self._described.items():
             folder = manifest.array_folder(name)
@@ -145,6 +173,15 @@ class Save:
         others = [file for file in manifest.walk(self._target) if file not in chunks]
         files = chunks | {file: manifest.describe_file(self._target / file) for file in others}
         Manifest(self._step, self._meta, self._described, dict(sorted(files.items()))).write(self._target)
+
+
+def make_room(target: Path) -> None:
+    """Makes an empty folder `target`, and removes what interrupted saves and deletions have left beside it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    for folder in manifest.checkpoint_folders(target.parent).values():
+        if folder == target or not (folder / manifest.NAME).exists():
+            manifest.remove(folder)
+    target.mkdir()
 
 
 def reason(error: BaseException) -> str:

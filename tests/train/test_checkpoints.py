@@ -400,7 +400,7 @@ def test_processes_and_meshes(tmp_path):
     """Saved by two processes, restored by two and by one on other meshes, and the other way round."""
     two, one = tmp_path / "two", tmp_path / "one"
     saw, restored = run_processes(2, ("save", two, "fsdp=2,tensor=2"), ("restore", two, "fsdp=2,tensor=2"))
-    assert saw == [{"failures": ["", "", "", ""], "steps": [2, 3]}] * 2
+    assert saw == [[""] * 4] * 2 and steps(two) == [2, 3]
     expected = {"step": 3, "meta": {"step": 3}, "same": True, "said": []}
     assert restored == [{**expected, "spec": "P('fsdp', 'tensor')"}] * 2
     assert verify(two, 3) == [] and len(files_of(two / "step_00000003/arrays/kernel")) == 5
@@ -417,11 +417,12 @@ def test_processes_fail_and_go_back_together(tmp_path):
     mesh = "fsdp=2,tensor=2"
     jobs = [(action, tmp_path, mesh) for action in ("save_with_a_full_disk", "save", "restore_damaged")]
     failed, saw, restored = run_processes(2, *jobs)
-    for seen in failed:
-        heads = [failure.split(" in ")[0] for failure in seen["failures"]]
-        assert heads == ["", "checkpoint 1 was not saved", "", "checkpoint 3 was not saved"] and seen["steps"] == []
-        assert "the disk is full" in seen["failures"][1]
-    assert saw == [{"failures": ["", "", "", ""], "steps": [2, 3]}] * 2
+    for seen, why in zip(failed, ("process 1: the disk is full", "the disk is full"), strict=True):
+        lines = [
+            f"checkpoint {step} was not saved in {tmp_path}: {why}; those before it are as they were" for step in (1, 3)
+        ]
+        assert seen == ["", lines[0], "", lines[1]]
+    assert saw == [[""] * 4] * 2 and steps(tmp_path) == [2, 3]
     for seen in restored:
         assert seen["step"] == 2 and seen["same"]
     assert "going back to checkpoint 2" in restored[0]["said"][0]
