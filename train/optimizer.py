@@ -19,6 +19,9 @@ from zoo.train.experiment import Optimizer, UserError
 
 SCHEDULES = ("cosine", "linear", "constant")
 
+# Added to the root of Adam's second moment.
+EPSILON = 1e-8
+
 # Kinds of parameter that are tables of vectors, not maps between spaces.
 _TABLES = {"vocab", "positions", "classes"}
 
@@ -42,16 +45,77 @@ def schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax.Arra
     return rate
 
 
-def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformation:
+def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformationExtraArgs:
     """The transformation of gradients for a run of `steps` steps; its moments are laid out as their parameters.
 
-    Decay is decoupled (Loshchilov & Hutter 2019), also where optax's optimizer of that name has none.
+    `update(gradient, state, params, good=good)` gives zero updates and the state as it was where `good`, [] bool, does
+    not hold. Decay is decoupled (Loshchilov & Hutter 2019), also where optax's optimizer of that name has none.
     Raises UserError on an unknown optimizer or schedule, or a moment_dtype that the optimizer has no use for.
     """
     rate = schedule(optimizer, steps)
-    core = muon(optimizer, rate) if optimizer.name == "muon" else named(optimizer, rate)
-    clip = optax.identity() if optimizer.clip_norm is None else optax.clip_by_global_norm(optimizer.clip_norm)
+    if optimizer.name == "adamw":
+        core = adamw(optimizer, rate)
+    else:
+        core = guarded(muon(optimizer, rate) if optimizer.name == "muon" else named(optimizer, rate))
+    clip = optax.identity() if optimizer.clip_norm is None else clipped(optimizer.clip_norm)
     return keep_layout(optax.chain(clip, core))
+
+
+def clipped(limit: float) -> optax.GradientTransformation:
+    """optax.clip_by_global_norm as one factor, which fuses into every reader; a quotient per element does not on CPUs."""
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+        norm = optax.global_norm(updates)
+        factor = limit / jnp.maximum(norm, limit)
+        return jax.tree.map(lambda g: factor * g, updates), state
+
+    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
+def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """`inner`, which takes a step only where `good` holds."""
+
+    def update(updates: Any, state: Any, params: Any, *, good: jax.Array, **_: Any) -> tuple[Any, Any]:
+        updates, new = inner.update(updates, state, params)
+        return jax.tree.map(lambda u: jnp.where(good, u, 0), updates), _chosen(good, new, state)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def adamw(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
+    """optax.adamw, guarded, in an order that lets the compiler write every array in place in one pass.
+
+    Moments are decided before updates are made from them, so that nothing that is overwritten is read later, and
+    whatever is alike for all elements is one factor. optax's own order cost five times as long on a CPU, and a copy of
+    the moments.
+    """
+    mu_dtype = None if optimizer.moment_dtype is None else dtype(optimizer.moment_dtype)
+    b1, b2 = optimizer.b1, optimizer.b2
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        mu = jax.tree.map(lambda x: jnp.zeros_like(x, mu_dtype), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradient: Any, state: optax.ScaleByAdamState, params: Any, *, good: jax.Array, **_: Any) -> tuple[Any, Any]:
+        count = state.count + 1
+        mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, gradient)
+        nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, gradient)
+        new = _chosen(good, optax.ScaleByAdamState(count, mu, nu), state)
+        step = jnp.where(good, rate(state.count), 0.0)
+        unbias_mu, unbias_nu = 1 / (1 - b1**count), 1 / (1 - b2**count)
+
+        def one(decays: bool, mu: Any, nu: Any, param: Any) -> Any:
+            decay = optimizer.weight_decay if decays else 0.0
+            direction = lambda m, v, x: unbias_mu * m / (jnp.sqrt(unbias_nu * v) + EPSILON) + decay * x
+            return jax.tree.map(lambda *of: (-step * direction(*of)).astype(of[2].dtype), mu, nu, param)
+
+        return jax.tree.map(one, decay_mask(params), new.mu, new.nu, params), new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _chosen(good: jax.Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
 
 
 def decay_mask(params: Any) -> Any:
@@ -157,7 +221,7 @@ def muon_dimensions(params: Any) -> Any:
     return jax.tree.map(one, params, is_leaf=sharding.is_variable)
 
 
-def keep_layout(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+def keep_layout(inner: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
     """`inner`, its state a tree that zoo.sharding can lay out.
 
     Moments are Variables, with the logical axes of their parameter. Those of another rank (Adafactor's factors) are
@@ -180,9 +244,9 @@ def keep_layout(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def init(params: Any) -> Any:
         return outward(inner.init(params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         structure = jax.tree.structure(jax.eval_shape(inner.init, params))
-        updates, state = inner.update(updates, jax.tree.unflatten(structure, jax.tree.leaves(state)), params)
+        updates, state = inner.update(updates, jax.tree.unflatten(structure, jax.tree.leaves(state)), params, **extra)
         return updates, outward(state)
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -132,19 +132,15 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
     def step(state: State, batch: Batch) -> tuple[State, Metrics]:
         key = jax.random.fold_in(jax.random.key(experiment.seed), state.step)
         sums, loss = accumulated(experiment, state.model, batch, key, layout.model)
-        gradient = jax.tree.map(lambda g: g / jnp.where(loss.weight > 0, loss.weight, 1), sums)
+        share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
+        gradient = jax.tree.map(lambda g: g * share, sums)
         norm = optax.global_norm(gradient)
         good = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model, good=good)
         model = optax.apply_updates(state.model, updates)
         ema = averaged(experiment.ema, state.ema, model, state.step - state.skipped)
-        # A select on each result fuses into its update, which reads the old value anyway: no traffic, no branch.
-        model, opt_state, ema = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old),
-            (model, opt_state, ema),
-            (state.model, state.opt_state, state.ema),
-        )
+        ema = jax.tree.map(lambda new, old: jnp.where(good, new, old), ema, state.ema)
         new = State(
             step=state.step + 1,
             model=model,
