@@ -59,8 +59,11 @@ class Dataset(Protocol):
     batches: number of batches of one pass (validation walks them once; training goes on past them, epoch by epoch).
     """
 
-    info: DataInfo
-    batches: int
+    @property
+    def info(self) -> DataInfo: ...
+
+    @property
+    def batches(self) -> int: ...
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `step`; leading axis len(rows). What pads a last batch has weight 0."""
@@ -70,8 +73,10 @@ class Dataset(Protocol):
 class DataConfig(Protocol):
     """A frozen dataclass that names a data set and how it is cut into examples."""
 
-    unit: str
-    """What throughput counts: "tokens" or "images"."""
+    @property
+    def unit(self) -> str:
+        """What throughput counts: "tokens" or "images"."""
+        ...
 
     def prepare(self) -> None:
         """Downloads, writes or indexes what is not there yet. Called on the first process alone; the others wait."""

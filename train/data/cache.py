@@ -79,7 +79,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Path], None]) -> Path:
+def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Path], object]) -> Path:
     """`folder`, written by `write` unless it is `complete`; it appears whole or not at all.
 
     `write` fills a temporary folder, which is renamed. One that is not complete (a file is missing or cut short) is

@@ -177,7 +177,7 @@ class TfdsImages:
         features = self._builder.info.features
         if self._image_field not in features:
             raise UserError(
-                f"{self.name} has no feature {self._image_field!r}: its features are {listed(features)}; "
+                f"{self.name} has no feature {self._image_field!r}: its features are {listed(sorted(features))}; "
                 "choose by --data.image-field"
             )
         for example in tfds_read(self._builder, split):

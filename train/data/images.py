@@ -5,7 +5,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 
@@ -35,8 +35,6 @@ class ImageData:
     validation_fraction: float = 0.1
     """Share of the images held out where the data has no validation split of its own."""
 
-    unit: ClassVar[str] = "images"
-
     def prepare(self) -> None:
         """Writes the pixels to the cache, unless they are there."""
         self._folder()
@@ -57,6 +55,10 @@ class ImageData:
         )
         labels = np.memmap(folder / f"{split}.labels", np.int32, mode="r", shape=(count,))
         return Images(info, pixels, labels, batch_size, seed if split == "train" else None, self.flip)
+
+    @property
+    def unit(self) -> str:
+        return "images"
 
     @property
     def example_shape(self) -> tuple[int, ...]:

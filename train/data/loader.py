@@ -1,6 +1,6 @@
 """From a Dataset to global arrays on a mesh: each process builds its rows in background threads."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import grain
 import jax
@@ -14,7 +14,7 @@ _THREADS = 2
 _AHEAD = 4  # batches
 
 
-def batches(dataset: Dataset, mesh: Mesh, batch_size: int, start: int, stop: int) -> Iterator[Batch]:
+def batches(dataset: Dataset, mesh: Mesh, batch_size: int, start: int, stop: int) -> Generator[Batch, None, None]:
     """Global batches `start` to `stop` - 1 of `dataset`, leading axis `batch_size`, laid out by `batch_sharding(mesh)`.
 
     What a batch holds does not depend on the mesh or the number of processes: each asks for the rows of its devices.

@@ -1,16 +1,14 @@
 """The TFDS data set `python_docs`: real English that every install has, written as ArrayRecord without TensorFlow."""
 
-import contextlib
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
-from absl import logging
 
 from zoo.train.data import topics
 from zoo.train.data.cache import cache_dir, locked, tfds_dir
+from zoo.train.data.tfds_sets import quiet
 
 
 class PythonDocs(tfds.core.GeneratorBasedBuilder):
@@ -50,23 +48,11 @@ def builder() -> PythonDocs:
     """
     named = tfds_dir("python_docs")
     folder = cache_dir() / "tfds" if "://" in named else Path(named)
-    with _quiet():
+    with quiet():
         made = PythonDocs(data_dir=str(folder), file_format="array_record")
         if not made.is_prepared():
+            tfds.disable_progress_bar()
             with locked(folder / "python_docs.lock"):
                 made = PythonDocs(data_dir=str(folder), file_format="array_record")
                 made.download_and_prepare()
     return made
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the bars, lines and warnings that TFDS has for large downloads."""
-    tfds.disable_progress_bar()
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)

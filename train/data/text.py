@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from zoo.train.data import corpus
 from zoo.train.data.cache import cache_dir, prepared
@@ -36,8 +36,6 @@ class TextData:
     validation_fraction: float = 0.1
     """Share of the text held out where the data has no validation split of its own."""
 
-    unit: ClassVar[str] = "tokens"
-
     def prepare(self) -> None:
         """Writes the TFDS data set, the tokenizer and the token files that are not in the cache yet."""
         self._corpus()
@@ -67,6 +65,10 @@ class TextData:
             batch_size=batch_size,
             seed=seed if split == "train" else None,
         )
+
+    @property
+    def unit(self) -> str:
+        return "tokens"
 
     @property
     def example_shape(self) -> tuple[int, ...]:

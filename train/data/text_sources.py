@@ -161,7 +161,7 @@ class TfdsText:
         features = self._builder.info.features
         if self._field not in features:
             raise UserError(
-                f"{self.name} has no feature {self._field!r}: its features are {listed(features)}; "
+                f"{self.name} has no feature {self._field!r}: its features are {listed(sorted(features))}; "
                 "choose by --data.text-field"
             )
         for index, example in enumerate(tfds_read(self._builder, split)):

@@ -2,7 +2,8 @@
 
 import contextlib
 import difflib
-from collections.abc import Iterable
+import io
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ def tfds_builder(name: str) -> Any:
 
     base = name.split(":")[0].split("/")[0]
     folder = tfds_dir(base)
+    lock = contextlib.nullcontext() if "://" in folder else locked(Path(folder) / f"{base}.lock")
     try:
-        builder = tfds.builder(name, data_dir=folder)
-        if not builder.is_prepared():
-            with locked(Path(folder) / f"{base}.lock") if "://" not in folder else contextlib.nullcontext():
-                builder = tfds.builder(name, data_dir=folder, file_format="array_record")
-                builder.download_and_prepare()
+        with quiet():
+            builder = tfds.builder(name, data_dir=folder)
+            if not builder.is_prepared():
+                with lock:
+                    builder = tfds.builder(name, data_dir=folder, file_format="array_record")
+                    builder.download_and_prepare()
     except tfds.core.DatasetNotFoundError as error:
-        near = difflib.get_close_matches(base, ["python_docs", *tfds.list_builders()], n=3)
-        hint = f"did you mean {' or '.join(near)}?" if near else "`tfds.list_builders()` lists them"
+        near = difflib.get_close_matches(base, ["python_docs", *tfds.list_builders(with_community_datasets=False)], n=3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "tfds.list_builders() lists them"
         raise UserError(f"{name!r} is no file, no folder and no TFDS data set: {hint}") from error
     except Exception as error:  # builders raise whatever their download, their extraction and their code raise
-        raise UserError(f"TFDS data set {name!r} cannot be prepared in {folder}: {_first_line(error)}") from error
+        raise UserError(f"TFDS data set {name!r} cannot be prepared in {folder}: {_reason(error)}") from error
     if "train" not in builder.info.splits:
         raise UserError(f"TFDS data set {name!r} has no split 'train': its splits are {listed(builder.info.splits)}")
     return builder
@@ -49,6 +52,26 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(repr(name) for name in list(names)[:20]) or "none"
 
 
-def _first_line(error: Exception) -> str:
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without TFDS's lines on standard output and its warnings; bars of downloads go to standard error, and stay."""
+    from absl import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what went wrong; of an import that failed far below, the package that is missing."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ModuleNotFoundError) and cause.name is not None:
+            return f"writing it needs the package {cause.name}: install it for this once"
+        cause = cause.__cause__ or cause.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
