@@ -89,12 +89,17 @@ class Checkpoints:
             return
         Manifest(step, meta, {}, {}).encode()  # raises here, not in the background, on what is not JSON
         values = {name: jax.numpy.asarray(value) for name, value in named(state).items()}
+        for name, value in values.items():
+            if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+                raise TypeError(f"{name} is a typed random key: put jax.random.key_data of it into the state")
         under_way = Save(self.folder / manifest.folder_name(step), step, values, meta)
 
         def finish() -> None:
             self._failure = under_way.finish()
-            if not self._failure and jax.process_index() == 0:
-                self._delete_old(step)
+            if not self._failure:
+                self._damaged.discard(step)
+                if jax.process_index() == 0:
+                    self._delete_old(step)
 
         self._current = step
         self._background = threading.Thread(target=finish, name="checkpoint")
@@ -128,7 +133,7 @@ class Checkpoints:
     def _delete_old(self, step: int) -> None:
         """Deletes what is not to be kept up to `step`; a later one, passed over at the start, waits its turn."""
         past = [old for old in self.steps() if old <= step]
-        good = [old for old in past if old not in self._damaged or old == step]
+        good = [old for old in past if old not in self._damaged]
         kept = {*good[-self._keep_last :], *(old for old in good if self._keep_every and old % self._keep_every == 0)}
         for old in past:
             if old not in kept:
@@ -254,7 +259,9 @@ def _matching(stored: Manifest, wanted: dict[str, Any], under: str) -> dict[str,
             differences.append(f"{name} is {has} in the checkpoint and {wants} here")
     if differences:
         more = f" (and {len(differences) - 1} more)" if len(differences) > 1 else ""
-        raise UserError(f"checkpoint {stored.step} is of another model or optimizer: {differences[0]}{more}")
+        raise UserError(
+            f"checkpoint {stored.step} does not fit: {differences[0]}{more}; give the flags it was made with"
+        )
     return wanted
 
 

@@ -255,12 +255,12 @@ def test_damaged_checkpoints_do_not_count_as_kept(tmp_path):
 def test_a_damaged_later_checkpoint_is_replaced(tmp_path):
     saved(tmp_path, 1, 3)
     (tmp_path / "step_00000003/arrays/step/c").unlink()
-    checkpoints = Checkpoints(tmp_path, keep_last=1, say=lambda line: None)
+    checkpoints = Checkpoints(tmp_path, keep_last=2, say=lambda line: None)
     assert checkpoints.restore(abstract()).step == 1
-    checkpoints.save(2, build(2), meta={})
-    checkpoints.save(3, build(3), meta={})
+    for step in (2, 3, 4):
+        checkpoints.save(step, build(step), meta={})
     checkpoints.wait()
-    assert checkpoints.steps() == [3] and checkpoints.verify(3) == []
+    assert checkpoints.steps() == [3, 4] and checkpoints.verify(3) == []
 
 
 def test_leftovers_are_removed_and_nothing_else(tmp_path):
@@ -303,6 +303,12 @@ def test_a_failed_write_is_told_and_harms_nothing(tmp_path, monkeypatch):
     checkpoints.save(3, build(3), meta={})
     checkpoints.wait()
     assert checkpoints.steps() == [1, 3] and checkpoints.verify(3) == []
+
+
+def test_random_keys_are_saved_as_their_data(tmp_path):
+    with pytest.raises(TypeError, match="key is a typed random key"):
+        Checkpoints(tmp_path, keep_last=1).save(1, {"key": jax.random.key(0)}, meta={})
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_meta_must_be_json(tmp_path):
