@@ -5,10 +5,12 @@ from typing import Any
 
 from zoo.train.experiment import Experiment
 from zoo.train.recipes import gpt2, gpt3
+from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
 
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
+    "ddpm-digits": ddpm_digits,
     **gpt2.RECIPES,
     **gpt3.RECIPES,
 }

@@ -182,6 +182,6 @@ def _blocks(config: UNetConfig, rngs: nnx.Rngs) -> tuple[partial[ResidualBlock],
 PRESETS: dict[str, UNetConfig] = {
     "ddpm-cifar10": UNetConfig(dropout=0.1),
     "ddpm-digits": UNetConfig(
-        image_channels=1, width=32, multipliers=(1, 2), num_heads=4, groups=8, dropout=0.1, schedule="cosine"
+        image_channels=1, width=32, multipliers=(1, 2), blocks_per_level=1, num_heads=4, groups=8, schedule="cosine"
     ),
 }
