@@ -106,6 +106,9 @@ def _connect_automatically() -> None:
         if "coordinator_address" not in str(error):
             raise UserError(f"a cluster is here and cannot be joined: {_first_line(error)}") from error
     except RuntimeError as error:
+        # In a notebook, or any program that used its devices before: it goes on with those.
+        if "must be called before" in str(error):
+            return
         raise UserError(
             f"could not join this cluster's other processes: {_first_line(error)} "
             "(start the same command on every host, or name them by --coordinator, --num-processes and --process-id)"

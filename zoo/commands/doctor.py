@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zoo import __version__
 from zoo.commands.flags import parse_none
@@ -37,8 +38,8 @@ def main(arguments: Sequence[str]) -> int:
     found = [*interpreter(), *devices(), *disk(Path.cwd())]
     table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 3, 0, 0))
     for finding in found:
-        style = "bold red" if finding.problem else ""
-        table.add_row(finding.what, finding.answer, style=style)
+        # As Text, because a string's [brackets] would be taken for markup.
+        table.add_row(finding.what, Text(finding.answer), style="bold red" if finding.problem else "")
     console = Console()
     console.print(table)
     problems = sum(finding.problem for finding in found)

@@ -4,7 +4,9 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import os
+import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -95,13 +97,13 @@ def _unknown(tokens: Sequence[str], known: list[str], prog: str) -> str:
 
 
 def _sentence(box: str) -> str:
-    """The message inside the box that tyro draws: the lines up to its first rule, without the frame."""
-    lines = []
-    for line in box.splitlines()[1:]:
-        if set(line) & set("├╰─"):
-            break
-        lines.append(line.strip("│ "))
-    message = " ".join(lines).removeprefix("Error parsing ").partition("Got errors:")[0].strip().rstrip(".")
+    """The message in the box that tyro draws, by what the terminal can show: in colour, in UTF-8 or in ASCII."""
+    lines = [line.strip("│| ") for line in re.sub(r"\x1b\[[0-9;]*m", "", box).splitlines()]
+    rules = [set(line) <= set("─-+╭╮╰╯├┤") for line in lines]
+    # Between the title and the next rule.
+    body = itertools.dropwhile(lambda pair: pair[1], list(zip(lines, rules, strict=True))[1:])
+    words = [line for line, _ in itertools.takewhile(lambda pair: not pair[1], body)]
+    message = " ".join(words).removeprefix("Error parsing ").partition("Got errors:")[0].strip().rstrip(".")
     return message[:1].lower() + message[1:] if message else "the command line could not be read"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import jax
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from zoo import models
 from zoo.commands.flags import parse_none
@@ -19,7 +20,7 @@ def main(arguments: Sequence[str]) -> int:
     # Counting needs shapes alone: no accelerator is taken for it.
     jax.config.update("jax_platforms", "cpu")
     console = Console()
-    console.print(recipes())
+    console.print(recipes(), end="\n\n")
     console.print(presets())
     return 0
 
@@ -29,7 +30,7 @@ def recipes() -> Table:
     for name, recipe in RECIPES.items():
         experiment = recipe()
         summary = inspect.cleandoc(recipe.__doc__ or "").partition("\n")[0]
-        table.add_row(name, _family(experiment.model), _family(experiment.data), summary)
+        table.add_row(name, _family(experiment.model), _family(experiment.data), Text(summary))
     return table
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import jax
 
+from zoo import sharding
 from zoo.commands.flags import parse
 from zoo.commands.runs import Devices, split_folder
 from zoo.train import launch
@@ -48,6 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         streamed = True
         print(text, end="", flush=True)
 
-    result = sampler.sample(model, session.experiment.data, jax.random.key(draw.seed), folder, emit)
+    with sharding.use(session.mesh):
+        result = sampler.sample(model, session.experiment.data, jax.random.key(draw.seed), folder, emit)
     print("" if streamed else result)
     return 0
