@@ -1,0 +1,92 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from zoo.kernels import Mask
+from zoo.layers.attention import MultiHeadAttention
+from zoo.layers.linear import LayerError
+from zoo.layers.positions import Rotary
+
+INIT = jax.nn.initializers.normal(0.3)
+CAUSAL = Mask(causal=True)
+
+
+def build(**kwargs) -> MultiHeadAttention:
+    return MultiHeadAttention(24, 6, rngs=nnx.Rngs(0), init=INIT, **kwargs)
+
+
+def random(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def plain(module: MultiHeadAttention, x, kv, allowed) -> jax.Array:
+    """The equation, with keys and values repeated for each query head; allowed [T, S]."""
+    groups = 6 // module.num_kv_heads
+    q, k, v = module.query(x), module.key(kv), module.value(kv)
+    k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(module.head_dim)
+    weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
+    return module.out(jnp.einsum("bnts,bsnh->btnh", weights, v))
+
+
+@pytest.mark.parametrize("num_kv_heads", [6, 2, 1])
+def test_grouped_queries_follow_the_equation(num_kv_heads) -> None:
+    module, x = build(num_kv_heads=num_kv_heads), random(1, 2, 9, 24)
+    expected = plain(module, x, x, jnp.tril(jnp.ones((9, 9), bool)))
+    output, cache = jax.jit(lambda x: module(x, mask=CAUSAL))(x)
+    assert cache is None
+    np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_cross_attention_sees_another_sequence_of_another_width() -> None:
+    module, x, kv = build(kv_width=10, num_kv_heads=3), random(1, 2, 4, 24), random(2, 2, 7, 10)
+    expected = plain(module, x, kv, jnp.ones((4, 7), bool))
+    np.testing.assert_allclose(module(x, kv).output, expected, atol=1e-5)
+    held = module.keys_and_values(kv)
+    np.testing.assert_allclose(module(x, held).output, expected, atol=1e-5)
+    shorter = module.keys_and_values(kv, lengths=jnp.array([5, 5]))
+    np.testing.assert_allclose(module(x, shorter).output, module(x, kv[:, :5]).output, atol=1e-5)
+
+
+@pytest.mark.parametrize("rotary", [None, Rotary()])
+def test_a_cache_filled_in_pieces_equals_one_pass(rotary) -> None:
+    module, x = build(num_kv_heads=2, rotary=rotary), random(1, 2, 11, 24)
+    expected = module(x, mask=CAUSAL).output
+    run = jax.jit(lambda x, cache: module(x, mask=CAUSAL, cache=cache))
+    cache, outputs = module.init_cache(2, 16), []
+    for piece in jnp.split(x, [4, 5, 9], axis=1):
+        output, cache = run(piece, cache)
+        outputs.append(output)
+    np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), expected, atol=1e-5)
+    np.testing.assert_array_equal(cache.lengths, [11, 11])
+
+
+def test_rows_of_different_length_share_a_cache() -> None:
+    module, x = build(num_kv_heads=2, rotary=Rotary()), random(1, 2, 6, 24)
+    lengths = jnp.array([6, 3])
+    _, cache = module(x, mask=CAUSAL, cache=module.init_cache(2, 8))
+    cache = cache.cut(lengths)
+    new = random(2, 2, 1, 24)
+    output, cache = module(new, mask=CAUSAL, cache=cache)
+    np.testing.assert_array_equal(cache.lengths, lengths + 1)
+    for row, length in enumerate([6, 3]):
+        alone = jnp.concatenate([x[row : row + 1, :length], new[row : row + 1]], axis=1)
+        expected = module(alone, mask=CAUSAL).output[:, -1]
+        np.testing.assert_allclose(output[row : row + 1, 0], expected, atol=1e-5)
+
+
+def test_dropout_is_by_key() -> None:
+    module, x = build(dropout=0.5), random(1, 2, 9, 24)
+    run = jax.jit(lambda key: module(x, key=key).output)
+    np.testing.assert_array_equal(run(jax.random.key(1)), run(jax.random.key(1)))
+    assert np.abs(run(jax.random.key(1)) - run(jax.random.key(2))).max() > 1e-2
+    np.testing.assert_allclose(run(None), plain(module, x, x, jnp.ones((9, 9), bool)), atol=1e-5)
+
+
+def test_heads_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(LayerError, match="num_heads 6 is no multiple of num_kv_heads 4"):
+        build(num_kv_heads=4)
+    with pytest.raises(LayerError, match="width 25 is no multiple of num_heads 6"):
+        MultiHeadAttention(25, 6, rngs=nnx.Rngs(0))
