@@ -2,11 +2,15 @@
 
 import contextlib
 import errno
+import mmap
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import numpy as np
 
 from zoo.train.experiment import UserError
 
@@ -72,6 +76,9 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "a") as file:
         try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {path.with_suffix('')}", file=sys.stderr)
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -107,6 +114,18 @@ def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Pa
             f"cannot prepare data in {folder}: {error.strerror or error}: set FLAXZOO_CACHE to another disk"
         ) from error
     return folder
+
+
+def map_file(path: Path, dtype: np.dtype | type) -> np.ndarray:
+    """The numbers in a file, mapped and read-only.
+
+    The system is told that reads are random: reading ahead, which it does otherwise, made a batch of 512 sequences from a
+    file of 40 GB fifty times slower.
+    """
+    with open(path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype)
 
 
 def _to_disk(folder: Path) -> None:

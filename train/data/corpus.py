@@ -2,12 +2,15 @@
 
 import hashlib
 import json
+import sys
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
+from zoo.train.data.cache import map_file
 from zoo.train.data.splits import SPLITS
 from zoo.train.data.text_sources import TextSource
 from zoo.train.data.tokenizers import Tokenizer, token_dtype
@@ -15,6 +18,7 @@ from zoo.train.experiment import UserError
 
 FORMAT = 1
 _BATCH = 4 << 20  # characters encoded at once
+_SHOW = 10  # seconds between lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Corpus:
 
     def token_file(self, split: str) -> np.ndarray:
         """Token ids, uint16 or uint32 [tokens], mapped: each document is <|endoftext|> and then its text."""
-        return np.memmap(self.folder / f"{split}.tokens", token_dtype(self.vocab_size), mode="r")
+        return map_file(self.folder / f"{split}.tokens", token_dtype(self.vocab_size))
 
 
 def complete(folder: Path) -> bool:
@@ -89,6 +93,7 @@ def write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
 def _write_split(folder: Path, split: str, source: TextSource, tokenizer: Tokenizer, lengths: np.ndarray) -> SplitInfo:
     digest = hashlib.sha256()
     documents = size = table_bytes = count = 0
+    shown = time.monotonic()
     end = np.array([tokenizer.end_of_text], token_dtype(tokenizer.vocab_size))
     with open(folder / f"{split}.tokens", "wb") as file:
         for texts in _groups(text for text in source.documents(split) if text):
@@ -100,6 +105,9 @@ def _write_split(folder: Path, split: str, source: TextSource, tokenizer: Tokeni
                 file.write(np.concatenate([end, tokens]).tobytes())
                 documents, size, count = documents + 1, size + len(data), count + len(tokens) + 1
                 table_bytes += int(lengths[tokens].sum())
+            if time.monotonic() > shown + _SHOW:
+                shown = time.monotonic()
+                print(f"{source.name}: {size / 1e6:,.0f} MB of {split} text tokenised", file=sys.stderr)
     if not documents:
         raise UserError(f"{source.name} has no text for {split}: {_remedy(split)}")
     return SplitInfo(documents, size, table_bytes, count, digest.hexdigest())

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from zoo.train.data.files import files_by_split, files_fingerprint
-from zoo.train.data.splits import content_hash, held_out
+from zoo.train.data.splits import check_fraction, content_hash, held_out
 from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
 from zoo.train.experiment import UserError
 
@@ -44,17 +44,16 @@ def image_source(source: str, size: int | None, image_field: str, label_field: s
     size: side to which images are brought (the middle square, scaled), None to take them as they are. fraction: of a
     set without a split, to hold out.
     """
-    if not 0 < fraction < 1:
-        raise UserError(f"validation fraction {fraction} is not between 0 and 1: 0.1 holds out a tenth")
+    check_fraction(fraction)
     if size is not None and size < 1:
         raise UserError(f"image size {size} is not a whole number from 1")
     if source == "digits":
         return Digits(size, fraction)
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return ImageFolder(path, size, fraction)
-    if path.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"no folder {source}: give a folder of pictures, or a TFDS name")
+    if not source or path.is_absolute() or source.startswith((".", "~")):
+        raise UserError(f"no folder {source!r}: give a folder of pictures, or a TFDS name")
     return TfdsImages(source, size, image_field, label_field, fraction)
 
 

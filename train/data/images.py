@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from zoo.train.data.cache import cache_dir, prepared
+from zoo.train.data.cache import cache_dir, map_file, prepared
 from zoo.train.data.image_sources import ImageSource, image_source
 from zoo.train.data.permutation import mix, random_bits, shuffled
 from zoo.train.data.splits import SPLITS
@@ -44,7 +44,7 @@ class ImageData:
         folder = self._folder()
         head = _head(folder)
         count = head["counts"][split]
-        pixels = np.memmap(folder / f"{split}.images", np.uint8, mode="r", shape=(count, *head["shape"]))
+        pixels = map_file(folder / f"{split}.images", np.uint8).reshape(count, *head["shape"])
         height, width, channels = head["shape"]
         info = DataInfo(
             name=head["name"],
@@ -53,7 +53,7 @@ class ImageData:
             bytes=pixels.size,
             detail=f"{count:,} images of {height} x {width} x {channels}, {head['classes']} classes",
         )
-        labels = np.memmap(folder / f"{split}.labels", np.int32, mode="r", shape=(count,))
+        labels = map_file(folder / f"{split}.labels", np.int32)
         return Images(info, pixels, labels, batch_size, seed if split == "train" else None, self.flip)
 
     @property

@@ -40,6 +40,12 @@ def held_out(hashes: Sequence[int] | np.ndarray, sizes: Sequence[int] | np.ndarr
     return chosen[group]
 
 
+def check_fraction(fraction: float) -> None:
+    """Raises UserError where `fraction` is none."""
+    if not 0 < fraction < 1:
+        raise UserError(f"validation fraction {fraction} is not between 0 and 1: 0.1 holds out a tenth")
+
+
 class Undivided:
     """Text documents without a split of their own, divided by `held_out`; a single document is cut near its end.
 
@@ -48,8 +54,6 @@ class Undivided:
     """
 
     def __init__(self, read: Callable[[], Iterator[str]], fraction: float):
-        if not 0 < fraction < 1:
-            raise UserError(f"validation fraction {fraction} is not between 0 and 1: 0.1 holds out a tenth")
         self._read = read
         self._fraction = fraction
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from zoo.train.data import topics
 from zoo.train.data.files import files_by_split, files_fingerprint
-from zoo.train.data.splits import Undivided
+from zoo.train.data.splits import Undivided, check_fraction
 from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
 from zoo.train.experiment import UserError
 
@@ -35,13 +35,14 @@ def text_source(source: str, field: str, fraction: float) -> TextSource:
 
     field: what holds the text, in JSON lines and TFDS features. fraction: of a set without a split, to hold out.
     """
+    check_fraction(fraction)
     if source == "python_docs":
         return PythonDocsText()
     path = Path(source).expanduser()
-    if path.exists():
+    if source and path.exists():
         return LocalText(path, field, fraction)
-    if path.is_absolute() or source.startswith((".", "~")) or path.suffix in _SUFFIXES:
-        raise UserError(f"no file or folder {source}: give a .txt or .jsonl file, a folder of them, or a TFDS name")
+    if not source or path.is_absolute() or source.startswith((".", "~")) or path.suffix in _SUFFIXES:
+        raise UserError(f"no file or folder {source!r}: give a .txt or .jsonl file, a folder of them, or a TFDS name")
     return TfdsText(source, field, fraction)
 
 
@@ -95,10 +96,13 @@ class LocalText:
 
     def _read(self, files: list[Path]) -> Iterator[str]:
         for file in files:
-            if file.suffix.lower() == ".txt":
-                yield _decode(file.read_bytes(), file, 0)
-            else:
-                yield from self._read_lines(file)
+            try:
+                if file.suffix.lower() == ".txt":
+                    yield _decode(file.read_bytes(), file, 0)
+                else:
+                    yield from self._read_lines(file)
+            except OSError as error:
+                raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
     def _read_lines(self, file: Path) -> Iterator[str]:
         offset = 0

@@ -127,7 +127,7 @@ def test_wrong_input_is_answered_in_one_line(folder, tmp_path_factory):
     (folder / "cat" / "0.png").write_bytes(b"no picture")
     cases = [
         (ImageData(str(folder)), "0.png cannot be read as a picture"),
-        (ImageData("./absent"), "no folder ./absent"),
+        (ImageData("./absent"), "no folder './absent'"),
         (ImageData("mnsit"), "did you mean mnist"),
         (ImageData(size=0), "image size 0"),
         (ImageData(validation_fraction=2), "between 0 and 1"),

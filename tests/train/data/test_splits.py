@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.train.data.splits import Undivided, content_hash, held_out
+from zoo.train.data.splits import Undivided, check_fraction, content_hash, held_out
 from zoo.train.experiment import UserError
 
 
@@ -54,7 +54,7 @@ def test_a_single_document_is_cut_after_a_line():
 @pytest.mark.parametrize("fraction", [0, 1, -0.5, 7])
 def test_a_fraction_that_is_none(fraction):
     with pytest.raises(UserError, match="between 0 and 1"):
-        Undivided(lambda: iter([]), fraction)
+        check_fraction(fraction)
 
 
 def test_content_hash_is_of_the_utf8_bytes():

@@ -207,6 +207,8 @@ def test_wrong_lines(tmp_path, content, message):
 def test_sources_that_are_nothing(tmp_path):
     with pytest.raises(UserError, match="no file or folder"):
         TextData("./absent").prepare()
+    with pytest.raises(UserError, match="no file or folder ''"):
+        TextData("").prepare()
     (tmp_path / "a.csv").write_text("a")
     with pytest.raises(UserError, match="is not a"):
         TextData(str(tmp_path / "a.csv")).prepare()
@@ -214,6 +216,15 @@ def test_sources_that_are_nothing(tmp_path):
         TextData("lm1").prepare()
     with pytest.raises(UserError, match="did you mean python_docs"):
         TextData("python_doc").prepare()
+
+
+def test_a_file_that_cannot_be_read_is_named(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("pathlib.Path.read_bytes", refuse)
+    with pytest.raises(UserError, match=r"00.txt cannot be read: Permission denied"):
+        TextData(str(folder), length=16).prepare()
 
 
 def test_a_full_disk_is_named(folder, fresh_cache, monkeypatch):
