@@ -59,9 +59,14 @@ def test_bfloat16_products_have_bfloat16_operands_and_float32_sums_in_both_direc
 
 
 def test_bfloat16_is_close_to_float32_and_its_gradients_are_float32() -> None:
-    make = lambda precision: Linear(64, 32, axes=("embed", "mlp"), rngs=nnx.Rngs(0), precision=precision)
+    def make(precision):
+        return Linear(64, 32, axes=("embed", "mlp"), rngs=nnx.Rngs(0), precision=precision)
+
     x = random(1, 2, 8, 64)
-    loss = lambda layer: (layer(x).astype(jnp.float32) ** 2).sum()
+
+    def loss(layer):
+        return (layer(x).astype(jnp.float32) ** 2).sum()
+
     y, exact = make(BF16)(x), make(Precision())(x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))
@@ -77,7 +82,10 @@ def test_a_vocabulary_is_padded_masked_and_not_counted() -> None:
     logits = embed.attend(random(1, 2, 3, 8))
     assert logits.shape == (2, 3, 256)
     assert np.isneginf(logits[..., 130:]).all() and np.isfinite(logits[..., :130]).all()
-    loss = lambda embed: jax.nn.logsumexp(embed.attend(random(1, 2, 3, 8)), axis=-1).sum()
+
+    def loss(embed):
+        return jax.nn.logsumexp(embed.attend(random(1, 2, 3, 8)), axis=-1).sum()
+
     gradient = jax.grad(loss)(embed).table[...]
     assert np.isfinite(gradient).all() and not gradient[130:].any() and gradient[:130].any()
 

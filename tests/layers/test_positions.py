@@ -39,7 +39,10 @@ def test_rotary_products_depend_on_distances_alone(interleaved) -> None:
 
     np.testing.assert_allclose(scores(0), scores(1000), atol=2e-3)
     assert np.abs(scores(0) - jnp.einsum("btnh,bsnh->bnts", q, k)).max() > 0.1
-    norms = lambda x: jnp.linalg.norm(x, axis=-1)
+
+    def norms(x):
+        return jnp.linalg.norm(x, axis=-1)
+
     np.testing.assert_allclose(norms(rotary(q, positions)), norms(q), rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import LayerError
 from zoo.layers.norms import LayerNorm
-from zoo.layers.transformer import REMAT_POLICIES, Block, Stack
+from zoo.layers.transformer import REMAT_POLICIES, SAVED_ATTENTION, SAVED_PRODUCTS, Block, Stack
 
 INIT = jax.nn.initializers.normal(0.3)
 CAUSAL = Mask(causal=True)
@@ -81,7 +81,10 @@ def test_every_parameter_of_a_stack_has_a_layers_axis() -> None:
 def gradient_and_memory(remat: str) -> tuple[list[jax.Array], int]:
     stack = make_stack(num_layers=8, remat=remat, dropout=0.1)
     x = jnp.tile(X, (4, 8, 1))
-    loss = lambda stack: (stack(x, masks=[CAUSAL], key=jax.random.key(5)).x ** 2).mean()
+
+    def loss(stack):
+        return (stack(x, masks=[CAUSAL], key=jax.random.key(5)).x ** 2).mean()
+
     compiled = jax.jit(jax.grad(loss)).lower(stack).compile()
     return jax.tree.leaves(compiled(stack)), compiled.memory_analysis().temp_size_in_bytes
 
@@ -92,6 +95,12 @@ def test_remat_changes_no_gradient_and_lowers_memory(remat) -> None:
     for a, b in zip(saving, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
     assert less < 0.9 * most
+
+
+def test_what_the_policies_save_is_named_by_the_layers() -> None:
+    text = str(jax.make_jaxpr(lambda stack: stack(X, masks=[CAUSAL]).x)(make_stack()))
+    for name in (*SAVED_PRODUCTS, *SAVED_ATTENTION):
+        assert f"name={name}]" in text
 
 
 def test_dropout_differs_between_layers_and_is_by_key() -> None:

@@ -80,7 +80,10 @@ def test_flops_are_the_published_convention() -> None:
 def test_initialisation_is_as_published() -> None:
     model = GPTConfig(num_layers=8, width=128, num_heads=4, vocab_size=1000).build(nnx.Rngs(0))
     block = model.stack.blocks[0]
-    deviation = lambda variable: float(jnp.std(variable[...]))
+
+    def deviation(variable):
+        return float(jnp.std(variable[...]))
+
     for kernel in (block.attention.query.kernel, block.attention.key.kernel, block.feedforward.up.kernel):
         assert deviation(kernel) == pytest.approx(0.02, rel=0.03)
     for kernel in (block.attention.out.kernel, block.feedforward.down.kernel):
@@ -94,7 +97,10 @@ def test_initialisation_is_as_published() -> None:
 def test_no_token_sees_what_follows_and_a_band_ends() -> None:
     config = dataclasses.replace(TINY, windows=(3,), num_layers=2)
     model = lively(config)
-    first = lambda x: model.norm(model.stack(x, masks=[Mask(window=3)]).x)[0, :, 0]
+
+    def first(x):
+        return model.norm(model.stack(x, masks=[Mask(window=3)]).x)[0, :, 0]
+
     gradient = jax.jit(jax.jacrev(first))(jax.random.normal(jax.random.key(0), (1, 12, 32)))
     reaches = np.abs(np.asarray(gradient)[:, 0]).max(-1) > 0
     distance = np.arange(12)[:, None] - np.arange(12)[None]
@@ -178,9 +184,9 @@ def test_sharded_equals_unsharded_with_dropout(layout, unsharded) -> None:
 
 def test_sequences_beyond_the_positions_are_refused_in_one_line() -> None:
     model = TINY.build(nnx.Rngs(0))
-    with pytest.raises(SequenceError, match="^a sequence of 33 tokens exceeds the model's max_length 32: cut it.*$"):
+    with pytest.raises(SequenceError, match=r"^a sequence of 33 tokens exceeds the model's max_length 32: cut it.*$"):
         model(jnp.zeros((1, 33), jnp.int32))
-    with pytest.raises(SequenceError, match="^a cache of 33 tokens exceeds the model's max_length 32$"):
+    with pytest.raises(SequenceError, match=r"^a cache of 33 tokens exceeds the model's max_length 32$"):
         model.init_cache(1, 33)
-    with pytest.raises(SequenceError, match="^segments given with a cache"):
+    with pytest.raises(SequenceError, match=r"^segments given with a cache"):
         model(TOKENS, segments=jnp.ones_like(TOKENS), cache=model.init_cache(4, 16))

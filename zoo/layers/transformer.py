@@ -14,10 +14,13 @@ from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import LayerError
 from zoo.sharding import constrain, is_variable
 
+SAVED_PRODUCTS = ("product",)
+SAVED_ATTENTION = ("attention_out", "attention_lse")
+
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names("product", "attention_output", "attention_lse"),
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_output", "attention_lse"),
+    "products": jax.checkpoint_policies.save_only_these_names(*SAVED_PRODUCTS, *SAVED_ATTENTION),
+    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_ATTENTION),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 """What the backward pass finds saved: everything, matrix products and attention, attention alone, blocks' inputs."""

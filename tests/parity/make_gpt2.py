@@ -1,0 +1,63 @@
+"""Makes tests/parity/gpt2/: a tiny GPT-2 of random weights, and what Hugging Face's implementation answers with it.
+
+    pip install torch==2.13.0 transformers==5.23.0 && python tests/parity/make_gpt2.py
+
+Sizes are awkward on purpose, biases and norms are random too, and logits spread as a trained model's do.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from transformers import GPT2Config, GPT2LMHeadModel
+
+FOLDER = Path(__file__).parent / "gpt2"
+SIZES = {"vocab_size": 211, "n_positions": 48, "n_embd": 36, "n_head": 3, "n_layer": 3, "n_inner": None}
+
+
+def build() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(**SIZES, attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=0)
+    model = GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.1)
+            elif ".ln_" in name:
+                parameter.normal_(1.0, 0.2)
+            else:
+                parameter.normal_(0.0, 0.2)
+    return model
+
+
+def main() -> None:
+    model = build()
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, SIZES["vocab_size"], (3, 40))
+    lengths = np.array([40, 23, 1])
+    mask = np.arange(40)[None] < lengths[:, None]
+    prompts = rng.integers(0, SIZES["vocab_size"], (2, 7))
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits
+        greedy = model.generate(
+            torch.tensor(prompts), attention_mask=torch.ones(2, 7), max_new_tokens=20, do_sample=False
+        )
+    FOLDER.mkdir(exist_ok=True)
+    # The tied head is a second name of the embedding, and is left out as published files leave it out.
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    save_file(tensors, FOLDER / "model.safetensors")
+    (FOLDER / "config.json").write_text(json.dumps(SIZES | {"layer_norm_epsilon": model.config.layer_norm_epsilon}))
+    np.savez_compressed(
+        FOLDER / "golden.npz",
+        tokens=tokens.astype(np.int32),
+        mask=mask,
+        logits=logits.numpy(),
+        prompts=prompts.astype(np.int32),
+        greedy=greedy[:, 7:].numpy().astype(np.int32),
+    )
+
+
+if __name__ == "__main__":
+    main()
