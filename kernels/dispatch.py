@@ -107,10 +107,9 @@ def _prepare(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, partition: layout.Partition, **options: Any
 ) -> tuple[Problem, layout.Layout]:
     shape = check_arrays(q, k, v)
-    place = layout.find(q, k, v, partition)
-    problem = build(q, k, v, mask, origin=layout.origin(place, shape), **options)
-    layout.check_indices_known(place, problem.seed is not None or isinstance(problem.bias, biases.Bias))
-    return problem, place
+    drops = options["dropout"] > 0 and options["dropout_key"] is not None
+    place = layout.find(q, k, v, partition, needs_indices=drops or isinstance(options["bias"], biases.Bias))
+    return build(q, k, v, mask, origin=layout.origin(place, shape), **options), place
 
 
 def _check_sinks(sinks: jax.Array | None, shape: Shape) -> jax.Array | None:

@@ -2,8 +2,8 @@
 
 A hand-written kernel is opaque to the partitioner, so attention runs inside shard_map: rows over the mesh axes of the
 batch, query heads over those of the heads (keys and values with them, or whole where they are fewer), and queries
-over those of the length, with keys and values gathered. Where a caller is inside shard_map already, its manual axes
-are not wrapped again; `partition=` then serves to know the global indices.
+over those of the length, with keys and values gathered. A caller that is inside shard_map already is not wrapped again (axes that
+it left open are the partitioner's); `partition=` then serves to know the global indices.
 """
 
 import math
@@ -37,41 +37,49 @@ class Layout(NamedTuple):
     """What to do about the mesh: `cut` with a shard_map of ours, `manual` is cut already by the caller's."""
 
     mesh: Mesh | AbstractMesh | None
-    cut: Cut
-    manual: Cut
-    named: bool
+    cut: Cut = Cut()
+    manual: Cut = Cut()
 
     @property
     def wraps(self) -> bool:
-        return self.mesh is not None and bool(_open_axes(self.mesh)) and (self.named or any(self.cut))
+        explicit = self.mesh is not None and bool(_axes(self.mesh, AxisType.Explicit))
+        return any(self.cut) or (explicit and not _axes(self.mesh, AxisType.Manual))
 
 
-def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition) -> Layout:
-    """From `partition`, else from the types under an Explicit mesh, else by the rules of `zoo.sharding.use`."""
+def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, *, needs_indices: bool) -> Layout:
+    """From `partition`, else from the types under an Explicit mesh, else by the rules of `zoo.sharding.use`.
+
+    needs_indices: whether the result depends on global indices of rows and heads (dropout, Bias).
+    """
     mesh = _mesh(q, partition)
     if mesh is None:
         if isinstance(partition, PartitionSpec) and any(partition):
             raise AttentionError(
                 f"partition={partition} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {partition})"
             )
-        return Layout(None, Cut(), Cut(), named=partition is not None)
-    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-    context = sharding.active()
-    if partition is not None:
-        spec = partition.spec if isinstance(partition, NamedSharding) else partition
-    elif AxisType.Explicit in kinds.values():
+        return Layout(None)
+    spec = partition.spec if isinstance(partition, NamedSharding) else partition
+    manual = [axis for axis in _axes(mesh, AxisType.Manual) if mesh.shape[axis] > 1]
+    if manual:
+        if spec is None and needs_indices:
+            raise AttentionError(
+                f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias depends on global indices: "
+                "say how [B, T, N] are cut with partition=PartitionSpec(...), or PartitionSpec() for not at all"
+            )
+        cut = _entries(spec or PartitionSpec(), mesh)
+        return Layout(mesh, manual=Cut(*(tuple(axis for axis in names if axis in manual) for names in cut)))
+    rules = sharding.active()
+    if spec is None and _axes(mesh, AxisType.Explicit):
         spec = jax.typeof(q).sharding.spec
-    elif context is not None:
-        spec = _by_rules(q, k, *context)
-    else:
+    elif spec is None and rules is not None:
+        spec = _by_rules(q, k, *rules)
+    elif spec is None:
         if _maybe_sharded(mesh, q, k, v):
             raise AttentionError(f"attention of arrays on a mesh of {_sizes(mesh)}: {_TWO_WAYS}")
         spec = PartitionSpec()
     cut = _entries(spec, mesh)
-    manual = Cut(*(tuple(axis for axis in names if kinds[axis] == AxisType.Manual) for names in cut))
-    cut = Cut(*(tuple(axis for axis in names if kinds[axis] != AxisType.Manual) for names in cut))
     _check_divides(cut, q, k, mesh)
-    return Layout(mesh, cut, manual, named=partition is not None)
+    return Layout(mesh, cut)
 
 
 def origin(layout: Layout, shape: Shape) -> tuple[jax.Array | int, jax.Array | int, jax.Array | int]:
@@ -86,18 +94,8 @@ def origin(layout: Layout, shape: Shape) -> tuple[jax.Array | int, jax.Array | i
     return tuple(starts)
 
 
-def check_indices_known(layout: Layout, needed: bool) -> None:
-    """Raises AttentionError inside a caller's shard_map where global indices are needed and nothing names the cut."""
-    manual = [] if layout.mesh is None else [a for a in layout.mesh.axis_names if a not in _open_axes(layout.mesh)]
-    if needed and not layout.named and any(layout.mesh.shape[axis] > 1 for axis in manual):
-        raise AttentionError(
-            f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias function depends on global "
-            "indices: say how [B, T, N] are cut with partition=PartitionSpec(...), or PartitionSpec() for not at all"
-        )
-
-
 def run(layout: Layout, attend: Callable[[Problem, Any], AttentionOutput], problem: Problem, sinks: Any) -> Any:
-    """attend(problem, sinks) inside a shard_map over the axes that are not manual yet."""
+    """attend(problem, sinks) inside a shard_map over the whole mesh."""
     mesh, cut = layout.mesh, layout.cut
     shape = problem.shape
     ways = math.prod(mesh.shape[axis] for axis in cut.heads)
@@ -117,8 +115,7 @@ def run(layout: Layout, attend: Callable[[Problem, Any], AttentionOutput], probl
         lay = lambda spec, part: jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
         arguments = jax.tree.map(lay, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
     out = PartitionSpec(*(names or None for names in cut))
-    names = set(_open_axes(mesh))
-    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out, axis_names=names)(*arguments)
+    return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*arguments)
 
 
 def _specs(problem: Problem, cut: Cut, kv_heads: Names) -> Problem:
@@ -157,22 +154,19 @@ def _mesh(q: jax.Array, partition: Partition) -> Mesh | AbstractMesh | None:
     return next((mesh for mesh in candidates if not mesh.empty), None)
 
 
-def _open_axes(mesh: Mesh | AbstractMesh) -> Names:
-    """Axes that no enclosing shard_map has made manual."""
-    return tuple(a for a, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Manual)
+def _axes(mesh: Mesh | AbstractMesh, kind: AxisType) -> Names:
+    return tuple(axis for axis, one in zip(mesh.axis_names, mesh.axis_types, strict=True) if one == kind)
 
 
 def _maybe_sharded(mesh: Mesh | AbstractMesh, *arrays: jax.Array) -> bool:
-    """Whether arrays may be cut over open axes of the mesh; inside jit their layout is not known."""
-    if math.prod(mesh.shape[axis] for axis in _open_axes(mesh)) == 1:
+    """Whether arrays may be cut over the mesh; inside jit their layout is not known."""
+    if mesh.size == 1:
         return False
     return any(isinstance(x, jax.core.Tracer) or not x.sharding.is_fully_replicated for x in arrays)
 
 
 def _by_rules(q: jax.Array, k: jax.Array, mesh: AbstractMesh, rules: sharding.Rules) -> PartitionSpec:
-    """The rules' spec on the open axes; heads stay whole where groups would be torn apart."""
-    shown = _open_axes(mesh)
-    rules = {name: tuple(axis for axis in axes if axis in shown) for name, axes in rules.items()}
+    """The rules' spec; heads stay whole where groups would be torn apart."""
     spec = sharding.partition_spec(("act_batch", "act_length", "act_heads", None), q.shape, mesh, rules)
     ways = math.prod(mesh.shape[axis] for axis in _entries(spec, mesh).heads)
     return spec if _keeps_groups(q.shape[2], k.shape[2], ways) else PartitionSpec(*spec[:2])
