@@ -65,7 +65,7 @@ def clipped(limit: float) -> optax.GradientTransformation:
     """optax.clip_by_global_norm as one factor, which fuses into every reader; a quotient per element does not on CPUs."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
-        norm = optax.global_norm(updates)
+        norm = optax.tree.norm(updates)
         factor = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: factor * g, updates), state
 

@@ -134,7 +134,7 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         sums, loss = accumulated(experiment, state.model, batch, key, layout.model)
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
         gradient = jax.tree.map(lambda g: g * share, sums)
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         good = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model, good=good)
