@@ -96,7 +96,7 @@ def test_a_run_is_written_and_resumed(run: Path, capsys: pytest.CaptureFixture[s
     assert experiment["steps"] == 4 and experiment["model"]["width"] == 32
     assert (run / "report.html").is_file() and (run / "curves.png").is_file()
     assert cli.main(["train", "gpt-nano", *TINY, "--steps", "4", "--run", str(run)]) == 0
-    assert "resuming" in capsys.readouterr().out
+    assert "from step 4" in capsys.readouterr().out
     line = mistake(capsys, "train", "gpt-nano", *TINY, "--steps", "4", "--seed", "1", "--run", str(run))
     assert "seed: 0 -> 1" in line
 
@@ -128,7 +128,7 @@ def test_hosts_train_together(tmp_path: Path) -> None:
         [*command, "--simulate-devices", "4", "--simulate-hosts", "2"], capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr
-    assert "4 devices" in done.stdout and "Gloo" not in done.stdout
+    assert "devices: 4 on 2 hosts" in done.stdout and "Gloo" not in done.stdout
 
 
 def test_list_lines_up(capsys: pytest.CaptureFixture[str]) -> None:

@@ -92,8 +92,8 @@ def _throughput(axes: Axes, records: Sequence[Record]) -> None:
     steps, rates = _series(records, "train", name)
     axes.plot(steps, rates, color=_TRAIN, linewidth=1.6)
     if len(rates):
-        # A stall shows as a dip from above, and one slow step should not squeeze all others into a line.
-        axes.set_ylim(0, 1.15 * float(np.max(rates)))
+        # One odd interval should not squeeze all others into a line.
+        axes.set_ylim(0, 1.2 * float(np.quantile(rates, 0.95)))
     axes.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
