@@ -119,8 +119,8 @@ def prepared(folder: Path, complete: Callable[[Path], bool], write: Callable[[Pa
 def map_file(path: Path, dtype: np.dtype | type) -> np.ndarray:
     """The numbers in a file, mapped and read-only.
 
-    The system is told that reads are random: reading ahead, which it does otherwise, made a batch of 512 sequences from a
-    file of 40 GB fifty times slower.
+    The system is told that reads are random: reading ahead, which it does otherwise, made a batch of 512 sequences
+    from a file of 40 GB fifty times slower.
     """
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)

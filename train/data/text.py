@@ -12,7 +12,7 @@ from zoo.train.data.cache import cache_dir, prepared
 from zoo.train.data.corpus import Corpus, SplitInfo
 from zoo.train.data.packing import PackedText
 from zoo.train.data.text_sources import TextSource, text_source
-from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, train_bpe
+from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, read_tokenizer, train_bpe
 from zoo.train.experiment import DataInfo, UserError
 
 _BPE_CHARACTERS = 256 << 20  # of training text that a byte-pair encoding is trained on, at most
@@ -111,10 +111,13 @@ class TextData:
         if self.length < 2:
             raise UserError(f"sequence length {self.length} is too short: --data.length needs at least 2")
         source = self._source()
-        tokenizer = self.load_tokenizer()
-        name = _digest(corpus.FORMAT, source.fingerprint(), tokenizer.fingerprint())
+        path = self.tokenizer_file()
+        tokenizer = "bytes" if path is None else hashlib.sha256(read_tokenizer(path)).hexdigest()
+        name = _digest(corpus.FORMAT, source.fingerprint(), tokenizer)
         folder = prepared(
-            cache_dir() / "text" / name, corpus.complete, lambda partial: corpus.write(partial, source, tokenizer)
+            cache_dir() / "text" / name,
+            corpus.complete,
+            lambda partial: corpus.write(partial, source, self.load_tokenizer()),
         )
         return Corpus.load(folder)
 

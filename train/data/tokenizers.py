@@ -4,7 +4,6 @@ Every tokenizer tells how many bytes of text each of its tokens stands for, so t
 compare as bits per byte.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -32,8 +31,6 @@ class Tokenizer(Protocol):
         """Bytes of text each token stands for, int32 [V]; 0 for special tokens."""
         ...
 
-    def fingerprint(self) -> str: ...
-
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, without special tokens."""
         ...
@@ -53,9 +50,6 @@ class ByteTokenizer:
     def byte_lengths(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int32)
 
-    def fingerprint(self) -> str:
-        return "bytes"
-
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]
 
@@ -72,9 +66,7 @@ class FileTokenizer:
     def __init__(self, path: Path):
         from tokenizers import Tokenizer as Library
 
-        if not path.is_file():
-            raise UserError(f'no tokenizer file {path}: give "bytes" or the path of a tokenizer.json')
-        self._content = path.read_bytes()
+        self._content = read_tokenizer(path)
         try:
             self._tokenizer: Any = Library.from_str(self._content.decode())
         except Exception as error:  # the library raises plain Exception
@@ -93,9 +85,6 @@ class FileTokenizer:
             )
         self.end_of_text = ends[0]
         self.vocab_size = max(self._vocabulary.values()) + 1
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(self._content).hexdigest()
 
     @property
     def byte_lengths(self) -> np.ndarray:
@@ -124,6 +113,16 @@ class FileTokenizer:
 
     def decode(self, tokens: Iterable[int]) -> str:
         return self._tokenizer.decode([int(token) for token in tokens], skip_special_tokens=True)
+
+
+def read_tokenizer(path: Path) -> bytes:
+    """The content of a tokenizer file; raises UserError where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"tokenizer file {path}: {error.strerror}; give bytes, or the path of a tokenizer.json"
+        ) from error
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -169,7 +169,7 @@ WRONG = [
     (None, {"length": 400}, "the validation text of .* is .* tokens, less than one sequence of 400"),
     (None, {"length": 10_000}, "the train text of .* is .* tokens, less than one sequence of 10000"),
     (None, {"validation_fraction": 1.5}, "validation fraction 1.5 is not between 0 and 1"),
-    (None, {"tokenizer": "nowhere.json"}, "no tokenizer file nowhere.json"),
+    (None, {"tokenizer": "nowhere.json"}, "tokenizer file nowhere.json: No such file"),
     (None, {"tokenizer": "t.json", "train_bpe": 300}, "exclude each other"),
     (None, {"train_bpe": 100}, "a vocabulary of 100 is too small"),
 ]
@@ -239,21 +239,22 @@ def test_a_full_disk_is_named(folder, fresh_cache, monkeypatch):
 
 PREPARE = """
 from zoo.train.data.text import TextData
-data = TextData({!r}, length=16, train_bpe=270)
+data = TextData(length=16, train_bpe=270)
 data.prepare()
 print(data.split_info("train"))
 """
 
 
-def test_processes_that_prepare_at_once_agree(folder, fresh_cache):
-    """Two processes and an empty cache: each finds one whole corpus, and nothing half-written stays."""
-    command = [sys.executable, "-c", PREPARE.format(str(folder))]
+def test_processes_that_prepare_at_once_agree(fresh_cache):
+    """Two processes and an empty cache: one TFDS set, one encoding and one corpus, and nothing half-written."""
+    command = [sys.executable, "-c", PREPARE]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     outputs = {process.communicate(timeout=120)[0] for process in processes}
     assert all(process.returncode == 0 for process in processes)
     assert len(outputs) == 1 and "SplitInfo" in outputs.pop()
     assert not list(fresh_cache.rglob("*.partial"))
     assert len(list(fresh_cache.rglob("train.tokens"))) == 1
+    assert len(list(fresh_cache.rglob("*train.array_record*"))) == 1 and not list(fresh_cache.rglob("*incomplete*"))
 
 
 OPEN = """

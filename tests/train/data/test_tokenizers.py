@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from zoo.train.data.tokenizers import END_OF_TEXT, ByteTokenizer, FileTokenizer, _pieces, train_bpe
 from zoo.train.experiment import UserError
@@ -115,8 +115,25 @@ def test_sentencepiece_with_bytes_to_fall_back_to(tmp_path):
     assert tokenizer.byte_lengths[tokens].sum() == len(text.encode())
 
 
+def test_a_lossy_tokenizer_is_estimated_and_its_truncation_left_out(tmp_path):
+    """The format of BERT: lower case, word pieces, cut at 4 tokens."""
+    words = ["[UNK]", "[CLS]", "[SEP]", "the", "cat", "##s", "sat"]
+    library = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    library.normalizer = normalizers.BertNormalizer(lowercase=True)
+    library.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    library.decoder = decoders.WordPiece()
+    library.add_special_tokens(["[CLS]", "[SEP]"])
+    library.enable_truncation(4)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = FileTokenizer(tmp_path / "tokenizer.json")
+    (tokens,) = tokenizer.encode(["The Cats sat the cat sat"])
+    assert tokens.tolist() == [3, 4, 5, 6, 3, 4, 6] and tokenizer.end_of_text == 2
+    assert tokenizer.byte_lengths[tokens].tolist() == [3, 3, 1, 3, 3, 3, 3]
+    assert tokenizer.decode(tokens) == "the cats sat the cat sat"
+
+
 def test_wrong_files(tmp_path):
-    with pytest.raises(UserError, match="no tokenizer file"):
+    with pytest.raises(UserError, match="No such file"):
         FileTokenizer(tmp_path / "absent.json")
     bad = tmp_path / "bad.json"
     bad.write_text("{}")
