@@ -22,6 +22,7 @@ from zoo.train import arrays, manifest
 from zoo.train.arrays import DamagedError
 from zoo.train.experiment import UserError
 from zoo.train.manifest import Manifest
+from zoo.train.processes import on_first
 
 _MESSAGE_BYTES = 1000
 _log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Checkpoints:
         Manifest(step, meta, {}, {}).encode()  # raises here, not in the background, on what is not JSON
         values = {name: jax.numpy.asarray(value) for name, value in named(state).items()}
         for name, value in values.items():
-            if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+            if jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
                 raise TypeError(f"{name} is a typed random key: put jax.random.key_data of it into the state")
         under_way = Save(self.folder / manifest.folder_name(step), step, values, meta)
 
@@ -208,7 +209,8 @@ def _read(
 
     None where there is no checkpoint. All processes try the same ones, and go on to the next together.
     """
-    present = _of_first_process(steps(folder))
+    # What the first process sees, for another may see a checkpoint come or go; the newest 400 fit into a message.
+    present = [int(word) for word in on_first(lambda: " ".join(map(str, steps(folder)[-400:]))).split()]
     if step is not None and step not in present:
         raise UserError(f"{folder} has no checkpoint {step}: it has {', '.join(map(str, present)) or 'none'}")
     if not present:
@@ -308,12 +310,3 @@ def _agree(message: str) -> str:
         if row.any():
             return row.tobytes().rstrip(b"\0").decode(errors="replace")
     return ""
-
-
-def _of_first_process(numbers: list[int]) -> list[int]:
-    """The `numbers` of the first process (the last 4096 of them), in every process."""
-    if jax.process_count() == 1:
-        return numbers
-    own = np.full(4096, -1, np.int32)
-    own[: len(numbers)] = numbers[-4096:]
-    return [int(number) for number in multihost_utils.broadcast_one_to_all(own) if number >= 0]

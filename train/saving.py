@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from zoo.train import arrays, manifest
 from zoo.train.manifest import Manifest
@@ -108,7 +109,8 @@ class Save:
             type_handler_registry=ocp.type_handlers.create_type_handler_registry((jax.Array, self._arrays)),
         )
         item = {manifest.file_name(name): value for name, value in values.items()}
-        saving = handler.async_save(self._target.absolute() / manifest.ARRAYS, args=ocp.args.PyTreeSave(item))
+        folder = epath.Path(self._target.absolute() / manifest.ARRAYS)
+        saving = handler.async_save(folder, args=ocp.args.PyTreeSave(item))
         # In a thread of its own, because the caller's may already run an event loop, as a notebook's does.
         with ThreadPoolExecutor(1) as pool:
             return pool.submit(asyncio.run, saving).result() or ()
