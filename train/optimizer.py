@@ -62,7 +62,7 @@ def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformationExtraA
 
 
 def clipped(limit: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one factor, which fuses into every reader; a quotient per element does not on CPUs."""
+    """optax.clip_by_global_norm as one factor, which fuses into every reader; its quotients do not on CPUs."""
 
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
         norm = optax.tree.norm(updates)
@@ -96,7 +96,9 @@ def adamw(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, mu_dtype), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradient: Any, state: optax.ScaleByAdamState, params: Any, *, good: jax.Array, **_: Any) -> tuple[Any, Any]:
+    def update(
+        gradient: Any, state: optax.ScaleByAdamState, params: Any, *, good: jax.Array, **_: Any
+    ) -> tuple[Any, Any]:
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, gradient)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, gradient)
@@ -106,8 +108,12 @@ def adamw(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax
 
         def one(decays: bool, mu: Any, nu: Any, param: Any) -> Any:
             decay = optimizer.weight_decay if decays else 0.0
-            direction = lambda m, v, x: unbias_mu * m / (jnp.sqrt(unbias_nu * v) + EPSILON) + decay * x
-            return jax.tree.map(lambda *of: (-step * direction(*of)).astype(of[2].dtype), mu, nu, param)
+
+            def change(m: jax.Array, v: jax.Array, x: jax.Array) -> jax.Array:
+                direction = unbias_mu * m / (jnp.sqrt(unbias_nu * v) + EPSILON) + decay * x
+                return (-step * direction).astype(x.dtype)
+
+            return jax.tree.map(change, mu, nu, param)
 
         return jax.tree.map(one, decay_mask(params), new.mu, new.nu, params), new
 

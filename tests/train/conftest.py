@@ -65,7 +65,7 @@ class TinyDataset:
     batch_size: int
     seed: int
     batches: int = 3
-    info: DataInfo = DataInfo("tiny", "0" * 64, 1, 1)
+    info: ClassVar[DataInfo] = DataInfo("tiny", "0" * 64, 1, 1)
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         streams = [np.random.default_rng([self.seed, step, row]) for row in rows]
