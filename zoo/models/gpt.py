@@ -96,6 +96,19 @@ class GPTFeatures(NamedTuple):
     cache: KVCache | None
 
 
+def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
+    """One layer of a GPT, initialised for a stack of config.num_layers; called with mask=Mask(causal=True)."""
+    common = {"rngs": rngs, "precision": config.precision}
+    common["out_init"] = normal(0.02 / math.sqrt(2 * config.num_layers))
+    attention = MultiHeadAttention(
+        config.width, config.num_heads, head_dim=config.head_dim, dropout=config.dropout, **common
+    )
+    mlp_width = config.mlp_width or 4 * config.width
+    feedforward = FeedForward(config.width, mlp_width, activation=config.activation, **common)
+    norm = partial(LayerNorm, config.width, epsilon=config.norm_epsilon, precision=config.precision)
+    return Block(attention, feedforward, norm, dropout=config.dropout)
+
+
 class GPT(nnx.Module):
     """Tokens [B, T] to logits [B, T, V].
 
@@ -105,22 +118,16 @@ class GPT(nnx.Module):
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs):
         self.config = config
         common = {"rngs": rngs, "precision": config.precision}
-        out_init = normal(0.02 / math.sqrt(2 * config.num_layers))
-        norm = partial(LayerNorm, config.width, epsilon=config.norm_epsilon, precision=config.precision)
-
-        def make_block(rngs: nnx.Rngs) -> Block:
-            shared = common | {"rngs": rngs, "out_init": out_init}
-            attention = MultiHeadAttention(
-                config.width, config.num_heads, head_dim=config.head_dim, dropout=config.dropout, **shared
-            )
-            mlp_width = config.mlp_width or 4 * config.width
-            feedforward = FeedForward(config.width, mlp_width, activation=config.activation, **shared)
-            return Block(attention, feedforward, norm, dropout=config.dropout)
-
         self.embed = Embed(config.vocab_size, config.width, **common)
         self.positions = LearnedPositions(config.max_length, config.width, init=normal(0.01), **common)
-        self.stack = Stack(make_block, config.num_layers, period=len(config.windows), remat=config.remat, rngs=rngs)
-        self.norm = norm()
+        self.stack = Stack(
+            lambda rngs: gpt_block(config, rngs=rngs),
+            config.num_layers,
+            period=len(config.windows),
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.norm = LayerNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
 
     def __call__(
         self,
