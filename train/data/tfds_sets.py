@@ -36,14 +36,19 @@ def tfds_builder(name: str) -> Any:
     return builder
 
 
-def tfds_read(builder: Any, split: str) -> Any:
-    """The random-access source of a split; UserError where it is stored in a format without random access."""
+def tfds_read(builder: Any, split: str) -> Iterator[dict[str, Any]]:
+    """The examples of a split; UserError where they are damaged, or stored in a format that needs TensorFlow."""
+    stored = f"{builder.info.full_name} in {builder.data_dir}"
     try:
-        return builder.as_data_source(split=split)
+        yield from builder.as_data_source(split=split)
     except NotImplementedError as error:
         raise UserError(
-            f"{builder.info.full_name} in {builder.data_dir} is stored as {builder.info.file_format.value}: "
+            f"{stored} is stored as {builder.info.file_format.value}: "
             "write it as ArrayRecord with `tfds convert_format --out_file_format array_record`"
+        ) from error
+    except (RuntimeError, OSError, ValueError, IndexError) as error:
+        raise UserError(
+            f"{stored} is damaged: delete that folder, and it is prepared anew ({_reason(error)})"
         ) from error
 
 

@@ -1,9 +1,13 @@
+import shutil
 import sys
+
+import pytest
 
 from zoo.train.data import python_docs, topics
 from zoo.train.data.compression import compressors
 from zoo.train.data.text import TextData
 from zoo.train.data.tfds_sets import tfds_read
+from zoo.train.experiment import UserError
 
 
 def splits():
@@ -60,6 +64,20 @@ def test_text_data_reads_the_builder():
     for split in ("train", "validation"):
         assert sorted(data.documents(split)) == sorted(made[split].values())
         assert data.open(split, batch_size=4, seed=0).info.examples == len(made[split])
+
+
+def test_damage_is_named_with_its_mend(fresh_cache):
+    TextData().prepare()
+    (records,) = fresh_cache.rglob("*train.array_record*")
+    content = bytearray(records.read_bytes())
+    content[100] ^= 4
+    records.write_bytes(content)
+    TextData().prepare()  # the tokens are there already
+    with pytest.raises(UserError, match=f"{records.parent} is damaged: delete that folder") as raised:
+        TextData(train_bpe=300).prepare()
+    assert "\n" not in str(raised.value)
+    shutil.rmtree(records.parent)
+    TextData(train_bpe=300).prepare()
 
 
 def test_compressors_are_measured_once(cache):
