@@ -78,7 +78,7 @@ def complete(folder: Path) -> bool:
 
 
 def write(folder: Path, source: TextSource, tokenizer: Tokenizer) -> None:
-    """Tokenises both splits into `folder`, with a few megabytes of memory; raises UserError where there is no text."""
+    """Tokenises both splits into `folder`, some megabytes of documents at a time; UserError where there is no text."""
     lengths = tokenizer.byte_lengths
     splits = {split: _write_split(folder, split, source, tokenizer, lengths) for split in SPLITS}
     np.save(folder / "byte_lengths.npy", lengths)
