@@ -44,14 +44,16 @@ class ChecksummedArrayHandler(ocp.type_handlers.ArrayHandler):
             data.copy_to_host_async()
         # A copy even where host and device share memory: the next step may reuse the donated buffers.
         copies = [[(index, np.array(data, copy=True)) for index, data in one] for one in shards]
-        futures = [
+        return [
             self._pool.submit(
                 self._write, Path(info.path), value.shape, value.dtype.name, arrays.chunk_shape(value), copy
             )
             for info, value, copy in zip(infos, values, copies, strict=True)
         ]
-        self._pool.shutdown(wait=False)
-        return futures
+
+    def wait(self) -> None:
+        """Returns when nothing writes any more, whether it failed or not."""
+        self._pool.shutdown()
 
     def _write(
         self,
@@ -65,10 +67,11 @@ class ChecksummedArrayHandler(ocp.type_handlers.ArrayHandler):
         if not create and not shards:
             return
         store = arrays.open_for_write(folder, shape, dtype, chunks, create=create)
-        for future in [
-            store[index].write(value, can_reference_source_data_indefinitely=True) for index, value in shards
-        ]:
-            future.result()
+        writes = [store[index].write(value, can_reference_source_data_indefinitely=True) for index, value in shards]
+        # All are waited for before one is complained of: the caller may remove the folder then.
+        for error in [write.exception() for write in writes]:
+            if error is not None:
+                raise error
         self.written += [
             f"{folder.name}/{file}" for index, _ in shards for file in arrays.chunk_files(index, shape, chunks)
         ]
@@ -117,6 +120,7 @@ class Save:
 
     def finish(self) -> str:
         """Waits for the files of every process and for the commit; returns what went wrong, in one line, or ""."""
+        self._arrays.wait()
         with self._keeping_failure():
             for future in self._futures:
                 future.result()
