@@ -7,7 +7,7 @@ backward pass is one such sweep.
 
 Every product is row-major times row-major or its transpose on the right: XLA's CPU products with a transposed left
 operand run at a fifth of the speed. The gradients of k and v are therefore accumulated transposed, [.., H, S].
-Names: rows are the G = N / K query heads of a group times a block of t queries; s is a block of keys.
+A row is one query of one of the G = N / K heads of a group; t and s are the sizes of a block of queries and of keys.
 """
 
 from functools import partial
@@ -70,10 +70,10 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Blocked(NamedTuple):
-    """A problem laid out for the loops: lengths padded to whole blocks, heads in front of lengths.
+    """A problem cut for the loops, its lengths padded to whole blocks.
 
-    q [queries, B, K, G t, H], times the scale; k, v [keys, B, K, s, H]; first, last [queries]: the range of key blocks;
-    whole [queries, keys]: no masking needed.
+    q [B, queries t, N, H] and k, v [keys, B, K, s, H], as `_bits`; first, last [queries]: the range of key blocks that
+    the mask leaves anything of; whole [queries, keys]: no masking needed.
     """
 
     problem: Problem
@@ -94,9 +94,36 @@ class _Blocked(NamedTuple):
     def key_side(self, j: jax.Array | int) -> Side:
         return self.mask.key.block(j * self.s, self.s)
 
+    def query_rows(self, x: jax.Array, i: jax.Array | int) -> jax.Array:
+        """Block i of [B, queries t, N, X] as [B, K, G t, X]."""
+        block = jax.lax.dynamic_slice_in_dim(x, i * self.t, self.t, axis=1)
+        b, t, n, width = block.shape
+        block = block.reshape(b, t, self.problem.shape.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
+        return _flat(block)
+
+    def scaled_q(self, i: jax.Array | int) -> jax.Array:
+        rows = _floats(self.query_rows(self.q, i), self.problem.q.dtype)
+        return (rows.astype(self.problem.dtype) * self.problem.scale).astype(rows.dtype)
+
+    def keys(self, j: jax.Array | int) -> jax.Array:
+        return _floats(self.k[j], self.problem.q.dtype)
+
+    def values(self, j: jax.Array | int) -> jax.Array:
+        return _floats(self.v[j], self.problem.q.dtype)
+
     def by_group(self, rows: jax.Array) -> jax.Array:
         """[B, K, G t, x] as [B, K, G, t, x]."""
         return rows.reshape(*rows.shape[:2], -1, self.t, rows.shape[3])
+
+    def queries_first(self, rows: jax.Array) -> jax.Array:
+        """[B, K, G t, X] as [B, t, N, X]."""
+        x = self.by_group(rows).transpose(0, 3, 1, 2, 4)
+        return x.reshape(*x.shape[:2], -1, x.shape[4])
+
+    def joined(self, blocks: jax.Array, length: int) -> jax.Array:
+        """Blocks [count, B, L / count, N, X] in one, cut to [B, length, N, X]."""
+        x = jnp.moveaxis(blocks, 0, 1)
+        return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _prepare(problem: Problem, blocks: tuple[int, int]) -> _Blocked:
@@ -107,9 +134,9 @@ def _prepare(problem: Problem, blocks: tuple[int, int]) -> _Blocked:
     order = jnp.arange(keys, dtype=jnp.int32)
     return _Blocked(
         problem=p,
-        q=_rows((p.q.astype(p.dtype) * p.scale).astype(p.q.dtype), p.shape.kv_heads, t),
-        k=_rows(p.k, p.shape.kv_heads, s),
-        v=_rows(p.v, p.shape.kv_heads, s),
+        q=_padded(_bits(p.q), queries * t),
+        k=_key_blocks(_bits(p.k), keys, s),
+        v=_key_blocks(_bits(p.v), keys, s),
         mask=mask,
         bias=biases.padded(p.bias, queries * t, keys * s),
         first=jnp.min(jnp.where(needed, order, keys), axis=1),
@@ -120,20 +147,31 @@ def _prepare(problem: Problem, blocks: tuple[int, int]) -> _Blocked:
     )
 
 
-def _rows(x: jax.Array, kv_heads: int, block: int) -> jax.Array:
-    """[B, L, N, X] padded and cut to [L / block, B, K, G block, X]."""
-    b, length, n, width = x.shape
-    count = -(-length // block)
-    x = jnp.pad(x, ((0, 0), (0, count * block - length), (0, 0), (0, 0)))
-    x = x.reshape(b, count, block, kv_heads, n // kv_heads, width).transpose(1, 0, 3, 4, 2, 5)
-    return x.reshape(count, b, kv_heads, n // kv_heads * block, width)
+def _bits(x: jax.Array) -> jax.Array:
+    """Half-precision numbers as integers, to be moved: XLA's CPU compiler slices and transposes them as float32 copies."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
-def _unrows(x: jax.Array, block: int, length: int) -> jax.Array:
-    """The inverse of `_rows`: [L / block, B, K, G block, X] to [B, L, N, X]."""
-    count, b, kv_heads, rows, width = x.shape
-    x = x.reshape(count, b, kv_heads, rows // block, block, width).transpose(1, 0, 4, 2, 3, 5)
-    return x.reshape(b, count * block, kv_heads * (rows // block), width)[:, :length]
+def _floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `_bits`."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+def _padded(x: jax.Array, length: int) -> jax.Array:
+    """[B, L, ...] with zeros up to `length`."""
+    extra = length - x.shape[1]
+    return jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2)) if extra else x
+
+
+def _key_blocks(x: jax.Array, count: int, size: int) -> jax.Array:
+    """[B, S, K, X] padded and cut to [count, B, K, size, X]."""
+    x = _padded(x, count * size)
+    return x.reshape(x.shape[0], count, size, *x.shape[2:]).transpose(1, 0, 3, 2, 4)
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """[B, K, G, t, ...] as [B, K, G t, ...]."""
+    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
 
 
 def _product(p: Problem, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -144,10 +182,12 @@ def _product(p: Problem, equation: str, x: jax.Array, y: jax.Array) -> jax.Array
     )
 
 
-def _scores(b: _Blocked, i: jax.Array | int, j: jax.Array | int, query: Side, key: Side) -> tuple[jax.Array, Any]:
+def _scores(
+    b: _Blocked, q: jax.Array, i: jax.Array | int, j: jax.Array | int, query: Side, key: Side
+) -> tuple[jax.Array, jax.Array | None]:
     """Scores of one block [B, K, G, t, s], masked with -inf, and the derivative of the soft cap or None."""
     p = b.problem
-    x = b.by_group(_product(p, "bkth,bksh->bkts", b.q[i], b.k[j]))
+    x = b.by_group(_product(p, "bkth,bksh->bkts", q, b.keys(j)))
     slope = None
     if p.soft_cap is not None:
         capped = jnp.tanh(x / p.soft_cap)
@@ -179,76 +219,79 @@ def _loop(b: _Blocked, i: jax.Array | int, body: Any, carry: Any) -> Any:
 
 def _forward(b: _Blocked) -> tuple[jax.Array, jax.Array]:
     p = b.problem
-    flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    axes = varying_axes(b.q)
 
     def one(i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        query = b.query_side(i)
+        query, q = b.query_side(i), b.scaled_q(i)
 
         def step(j: jax.Array | int, carry: tuple) -> tuple:
             top, total, out = carry
             key = b.key_side(j)
-            x, _ = _scores(b, i, j, query, key)
+            x, _ = _scores(b, q, i, j, query, key)
             new_top = jnp.maximum(top, x.max(-1))
             safe = jnp.where(new_top == -jnp.inf, 0, new_top)
             weights = jnp.exp(x - safe[..., None])
             shrink = jnp.exp(top - safe)
             total = total * shrink + weights.sum(-1)
-            values = _product(p, "bkts,bksh->bkth", flat(_dropped(b, weights, query, key)), b.v[j])
-            return new_top, total, out * flat(shrink)[..., None] + values
+            values = _product(p, "bkts,bksh->bkth", _flat(_dropped(b, weights, query, key)), b.values(j))
+            return new_top, total, out * _flat(shrink)[..., None] + values
 
-        rows = b.by_group(b.q[0]).shape[:-1]
-        zero = (jnp.full(rows, -jnp.inf, p.dtype), jnp.zeros(rows, p.dtype), jnp.zeros(b.q.shape[1:4] + b.v.shape[-1:], p.dtype))
-        top, total, out = _loop(b, i, step, varying_over(zero, varying_axes(b.q)))
+        rows = b.by_group(q).shape[:-1]
+        zero = jnp.zeros(rows, p.dtype)
+        start = (zero - jnp.inf, zero, jnp.zeros((*q.shape[:3], b.v.shape[-1]), p.dtype))
+        top, total, out = _loop(b, i, step, varying_over(start, axes))
         empty = total == 0
         total = jnp.where(empty, 1, total)
-        lse = flat(jnp.where(empty, -jnp.inf, top + jnp.log(total)))
-        return (out / (flat(total)[..., None] * (1 - p.dropout))).astype(p.q.dtype), lse[..., None]
+        lse = _flat(jnp.where(empty, -jnp.inf, top + jnp.log(total)))
+        out = (out / (_flat(total)[..., None] * (1 - p.dropout))).astype(p.q.dtype)
+        return b.queries_first(_bits(out)), b.queries_first(lse[..., None])
 
-    out, lse = jax.lax.map(one, jnp.arange(b.q.shape[0], dtype=jnp.int32))
-    return _unrows(out, b.t, p.shape.queries), _unrows(lse, b.t, p.shape.queries)[..., 0]
+    blocks = jnp.arange(b.first.shape[0], dtype=jnp.int32)
+    out, lse = (b.joined(x, p.shape.queries) for x in jax.lax.map(one, blocks))
+    return _floats(out, p.q.dtype), lse[..., 0]
 
 
 def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> _Differentiable:
     p = b.problem
-    kv_heads = p.shape.kv_heads
-    flat = lambda x: x.reshape(*x.shape[:2], -1, *x.shape[4:])
-    # d score = weight (d weight - delta): delta gathers what normalising, and lse, give back to every score of a row.
-    delta = jnp.sum(d_out.astype(p.dtype) * out.astype(p.dtype), axis=-1) - d_lse.astype(p.dtype)
-    # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)
-    lse, delta = (_rows(x[..., None], kv_heads, b.t) for x in (lse, delta))
-    d_out = _rows(d_out, kv_heads, b.t)
-    kept = 1 / (1 - p.dropout)
     axes = varying_axes(b.q)
+    # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None]
+    lse, d_lse, out, d_out = (_padded(_bits(x), b.q.shape[1]) for x in (lse, d_lse[..., None], out, d_out))
+    kept = 1 / (1 - p.dropout)
 
     def one(sums: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
-        query = b.query_side(i)
-        q_turned, d_out_turned = b.q[i].swapaxes(-1, -2), d_out[i].swapaxes(-1, -2)
-        row_lse, row_delta = b.by_group(lse[i]), b.by_group(delta[i])
+        query, q = b.query_side(i), b.scaled_q(i)
+        rows_lse, rows_d_lse = (b.by_group(b.query_rows(x, i)) for x in (lse, d_lse))
+        rows_out, rows_d_out = (_floats(b.query_rows(x, i), p.q.dtype) for x in (out, d_out))
+        # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
+        delta = jnp.sum(rows_d_out.astype(p.dtype) * rows_out.astype(p.dtype), axis=-1, keepdims=True)
+        delta = b.by_group(delta) - rows_d_lse
+        q_turned, d_out_turned = q.swapaxes(-1, -2), rows_d_out.swapaxes(-1, -2)
 
         def step(j: jax.Array | int, carry: tuple) -> tuple:
             d_q, d_k, d_v, d_bias = carry
             key = b.key_side(j)
-            x, slope = _scores(b, i, j, query, key)
-            weights = jnp.exp(x - row_lse)
-            d_v = _add_at(d_v, j, _product(p, "bkht,bkts->bkhs", d_out_turned, flat(_dropped(b, weights, query, key))))
-            d_weights = b.by_group(_product(p, "bkth,bksh->bkts", d_out[i], b.v[j]))
-            d_x = weights * (_dropped(b, d_weights, query, key) * kept - row_delta)
+            x, slope = _scores(b, q, i, j, query, key)
+            weights = jnp.exp(x - rows_lse)
+            d_v = _add_at(d_v, j, _product(p, "bkht,bkts->bkhs", d_out_turned, _flat(_dropped(b, weights, query, key))))
+            d_weights = b.by_group(_product(p, "bkth,bksh->bkts", rows_d_out, b.values(j)))
+            d_x = weights * (_dropped(b, d_weights, query, key) * kept - delta)
             whole_heads = d_x.reshape(d_x.shape[0], -1, *d_x.shape[3:])
             d_bias = biases.add_gradient(d_bias, b.bias, whole_heads, p.heads, query, key, (i * b.t, j * b.s))
-            d_x = flat(d_x if slope is None else d_x * slope)
+            d_x = _flat(d_x if slope is None else d_x * slope)
             d_k = _add_at(d_k, j, _product(p, "bkht,bkts->bkhs", q_turned, d_x))
-            return d_q + _product(p, "bkts,bksh->bkth", d_x, b.k[j]), d_k, d_v, d_bias
+            return d_q + _product(p, "bkts,bksh->bkth", d_x, b.keys(j)), d_k, d_v, d_bias
 
-        zero = varying_over(jnp.zeros(b.q.shape[1:], p.dtype), axes)
+        zero = varying_over(jnp.zeros(q.shape, p.dtype), axes)
         d_q, *sums = _loop(b, i, step, (zero, *sums))
-        return tuple(sums), (d_q * p.scale).astype(p.q.dtype)
+        return tuple(sums), b.queries_first(_bits((d_q * p.scale).astype(p.q.dtype)))
 
     turned = lambda x: jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype)
     zeros = varying_over((turned(b.k), turned(b.v), biases.zero_gradient(b.bias, p.dtype)), axes)
-    (d_k, d_v, d_bias), d_q = jax.lax.scan(one, zeros, jnp.arange(b.q.shape[0], dtype=jnp.int32))
-    unturn = lambda x: _unrows(x.swapaxes(-1, -2).astype(p.q.dtype), b.s, p.shape.keys)
-    return _Differentiable(_unrows(d_q, b.t, p.shape.queries), unturn(d_k), unturn(d_v * kept), _like_bias(p.bias, d_bias))
+    (d_k, d_v, d_bias), d_q = jax.lax.scan(one, zeros, jnp.arange(b.first.shape[0], dtype=jnp.int32))
+    unturn = lambda x: b.joined(x.astype(p.q.dtype).transpose(0, 1, 4, 2, 3), p.shape.keys)
+    d_q = _floats(b.joined(d_q, p.shape.queries), p.q.dtype)
+    return _Differentiable(d_q, unturn(d_k), unturn(d_v * kept), _like_bias(p.bias, d_bias))
 
 
 def _add_at(total: jax.Array, j: jax.Array | int, part: jax.Array) -> jax.Array:
