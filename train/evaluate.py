@@ -12,8 +12,9 @@ from zoo import sharding
 from zoo.train import session as sessions
 from zoo.train.data.loader import batches
 from zoo.train.experiment import Dataset, Placement
+from zoo.train.processes import on_first
 from zoo.train.session import Session
-from zoo.train.step import eval_step
+from zoo.train.step import check_batch, eval_step
 
 
 def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, float]]:
@@ -33,6 +34,8 @@ def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, f
 
 def evaluate_run(folder: Path, placement: Placement) -> tuple[dict[str, float], int]:
     """The held-out figures of a run's newest checkpoint, and its step."""
-    session = sessions.start(sessions.recorded(folder), placement)
+    session = sessions.reopen(folder, placement)
+    check_batch(session.experiment, session.mesh)
+    on_first(session.experiment.data.prepare)
     model, step = sessions.trained_model(folder, session)
     return evaluator(session, session.dataset("validation"))(model), step

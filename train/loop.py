@@ -37,7 +37,8 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
     folder = Path(processes.on_first(choose))
     session = sessions.start(experiment, placement)
     data = session.dataset("train")
-    processes.on_first(lambda: run_folder.create(folder, experiment, data.info))
+    tokenizer = sessions.tokenizer_file(experiment.data)
+    processes.on_first(lambda: run_folder.create(folder, experiment, session.experiment.model, data.info, tokenizer))
     show = display(experiment.steps, experiment.data.unit, quiet=not processes.is_first())
     trainer = Trainer(session, data, folder, show)
     try:

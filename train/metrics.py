@@ -130,7 +130,7 @@ class Meter:
         self._flops = 3 * forward_flops * batch_size
         peaks = [peak_flops(kind) for kind in device_kinds]
         self._peak = None if None in peaks else sum(peak for peak in peaks if peak is not None)
-        self.lost = dict.fromkeys(LOST, 0.0)
+        self.lost: dict[str, float] = dict.fromkeys(LOST, 0.0)
         self.started = self._last = time.perf_counter()
         self._lost_before = 0.0
 

@@ -17,6 +17,8 @@ from optax.contrib import MuonDimensionNumbers
 from zoo import sharding
 from zoo.train.experiment import Optimizer, UserError
 
+Rate = Callable[[Any], jax.Array]
+
 SCHEDULES = ("cosine", "linear", "constant")
 
 # Added to the root of Adam's second moment.
@@ -29,13 +31,13 @@ _TABLES = {"vocab", "positions", "classes"}
 _OTHER_ARGUMENTS = {"lbfgs", "noisy_sgd", "optimistic_adam", "rprop", "sm3"}
 
 
-def schedule(optimizer: Optimizer, steps: int) -> Callable[[jax.Array], jax.Array]:
+def schedule(optimizer: Optimizer, steps: int) -> Rate:
     """The learning rate of step 0, 1, ...: linear warm-up, then down to final_fraction of the peak at `steps`."""
     if optimizer.schedule not in SCHEDULES:
         raise UserError(f"schedule {optimizer.schedule!r} is unknown: the schedules are {', '.join(SCHEDULES)}")
     warmup = min(optimizer.warmup_steps, steps)
 
-    def rate(step: jax.Array) -> jax.Array:
+    def rate(step: Any) -> jax.Array:
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         done = jnp.clip((step + 1 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
         fall = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)), "linear": 1 - done, "constant": jnp.ones_like(done)}
@@ -64,12 +66,12 @@ def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformationExtraA
 def clipped(limit: float) -> optax.GradientTransformation:
     """optax.clip_by_global_norm as one factor, which fuses into every reader; its quotients do not on CPUs."""
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> tuple[Any, optax.EmptyState]:
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         norm = optax.tree.norm(updates)
         factor = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: factor * g, updates), state
 
-    return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+    return transformation(lambda _: optax.EmptyState(), update)
 
 
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
@@ -79,26 +81,25 @@ def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformation
         updates, new = inner.update(updates, state, params)
         return jax.tree.map(lambda u: jnp.where(good, u, 0), updates), _chosen(good, new, state)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return transformation(inner.init, update)
 
 
-def adamw(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformationExtraArgs:
+def adamw(optimizer: Optimizer, rate: Rate) -> optax.GradientTransformationExtraArgs:
     """optax.adamw, guarded, in an order that lets the compiler write every array in place in one pass.
 
     Moments are decided before updates are made from them, so that nothing that is overwritten is read later, and
     whatever is alike for all elements is one factor. optax's own order cost five times as long on a CPU, and a copy of
     the moments.
     """
-    mu_dtype = None if optimizer.moment_dtype is None else dtype(optimizer.moment_dtype)
+    mu_dtype = dtype(optimizer.moment_dtype or "float32")
     b1, b2 = optimizer.b1, optimizer.b2
 
     def init(params: Any) -> optax.ScaleByAdamState:
         mu = jax.tree.map(lambda x: jnp.zeros_like(x, mu_dtype), params)
-        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, jax.tree.map(jnp.zeros_like, params))
+        nu = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), params)
+        return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
-    def update(
-        gradient: Any, state: optax.ScaleByAdamState, params: Any, *, good: jax.Array, **_: Any
-    ) -> tuple[Any, Any]:
+    def update(gradient: Any, state: Any, params: Any, *, good: jax.Array, **_: Any) -> tuple[Any, Any]:
         count = state.count + 1
         mu = jax.tree.map(lambda m, g: (b1 * m + (1 - b1) * g).astype(m.dtype), state.mu, gradient)
         nu = jax.tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.nu, gradient)
@@ -117,11 +118,17 @@ def adamw(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax
 
         return jax.tree.map(one, decay_mask(params), new.mu, new.nu, params), new
 
+    return transformation(init, update)
+
+
+def transformation(init: Callable[..., Any], update: Callable[..., Any]) -> optax.GradientTransformationExtraArgs:
+    """optax's pair of functions; its own types know neither modules nor `good`."""
     return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _chosen(good: jax.Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+    """`new` where `good` holds, in the dtypes of `old`: gradients are float32 whatever parameters and moments are."""
+    return jax.tree.map(lambda new, old: jnp.where(good, new.astype(old.dtype), old), new, old)
 
 
 def decay_mask(params: Any) -> Any:
@@ -129,12 +136,10 @@ def decay_mask(params: Any) -> Any:
     return jax.tree.map(lambda x: sharding.decays(sharding.logical_axes(x)), params, is_leaf=sharding.is_variable)
 
 
-def with_decay(
-    core: optax.GradientTransformation, optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]
-) -> optax.GradientTransformation:
+def with_decay(core: optax.GradientTransformation, optimizer: Optimizer, rate: Rate) -> optax.GradientTransformation:
     """`core`, whose finished updates also take rate * weight_decay off every parameter that decays."""
 
-    def update(updates: Any, state: optax.ScaleByScheduleState, params: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
         factor = rate(state.count) * optimizer.weight_decay
 
         def one(decays: bool, update: Any, param: Any) -> Any:
@@ -146,10 +151,10 @@ def with_decay(
     def init(_: Any) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(jnp.zeros((), jnp.int32))
 
-    return optax.chain(core, optax.GradientTransformation(init, update)) if optimizer.weight_decay else core
+    return optax.chain(core, transformation(init, update)) if optimizer.weight_decay else core
 
 
-def named(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
+def named(optimizer: Optimizer, rate: Rate) -> optax.GradientTransformation:
     """An optimizer of optax; the fields of `optimizer` that it has parameters for are handed over."""
     known = optimizer_names()
     if optimizer.name not in known:
@@ -190,7 +195,7 @@ def dtype(name: str) -> jnp.dtype:
     return jnp.dtype(name)
 
 
-def muon(optimizer: Optimizer, rate: Callable[[jax.Array], jax.Array]) -> optax.GradientTransformation:
+def muon(optimizer: Optimizer, rate: Rate) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for maps between spaces, Adam for tables and vectors.
 
     Updates are scaled to the size of Adam's (0.2 sqrt(max(fan_in, fan_out)), Liu et al. 2025), so that one learning
@@ -255,4 +260,4 @@ def keep_layout(inner: optax.GradientTransformationExtraArgs) -> optax.GradientT
         updates, state = inner.update(updates, jax.tree.unflatten(structure, jax.tree.leaves(state)), params, **extra)
         return updates, outward(state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return transformation(init, update)

@@ -15,6 +15,7 @@ E = TypeVar("E", bound=Experiment[Any, Any, Any, Any])
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
+TOKENIZER = "tokenizer.json"
 
 
 def default_folder(experiment: Experiment[Any, Any, Any, Any]) -> Path:
@@ -44,10 +45,13 @@ def check(folder: Path, experiment: Experiment[Any, Any, Any, Any]) -> None:
         raise UserError(f"--run {folder} is not a run and not an empty folder: choose another folder")
 
 
-def create(folder: Path, experiment: Experiment[Any, Any, Any, Any], data: DataInfo) -> None:
+def create(
+    folder: Path, experiment: Experiment[Any, Any, Any, Any], model: Any, data: DataInfo, tokenizer: Path | None = None
+) -> None:
     """Makes `folder` a run of `experiment` on `data`, or checks that it is; what it holds stays.
 
-    Raises UserError where it is a run of another experiment, or of data with other contents.
+    model: the config as fitted to the data, and tokenizer: a file of which the folder keeps a copy, are for using the
+    run where its data is not. Raises UserError where it is a run of another experiment, or of data with other contents.
     """
     check(folder, experiment)
     if is_run(folder):
@@ -59,10 +63,16 @@ def create(folder: Path, experiment: Experiment[Any, Any, Any, Any], data: DataI
             )
         return
     folder.mkdir(parents=True, exist_ok=True)
-    content = {"experiment": encode(experiment), "data": dataclasses.asdict(data)}
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(content, indent=2) + "\n")
-    partial.replace(folder / CONFIG)
+    if tokenizer is not None:
+        _write(folder / TOKENIZER, tokenizer.read_bytes())
+    content = {"experiment": encode(experiment), "model": encode(model), "data": dataclasses.asdict(data)}
+    _write(folder / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
 
 
 def name(folder: Path) -> str:
@@ -83,10 +93,17 @@ def load(folder: Path, default: E) -> E:
     return decode(content, type(default), default, str(folder / CONFIG))
 
 
+def load_model(folder: Path, default: Any) -> Any:
+    """The config of a run's model, as fitted to its data. `default` is of its type."""
+    return decode(_read(folder)["model"], type(default), default, str(folder / CONFIG))
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIG).read_text())
-        content["experiment"]["name"], content["data"]["sha256"]  # what everything else rests on
+        missing = [part for part in ("experiment", "model", "data") if not isinstance(content[part], dict)]
+        if missing or not isinstance(content["experiment"]["name"], str) or "sha256" not in content["data"]:
+            raise ValueError("parts are missing")
         return content
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / CONFIG} is damaged ({error}): restore it, or start another run") from None
@@ -106,7 +123,7 @@ def encode(value: Any) -> Any:
 def decode(content: Any, hint: Any, default: Any, where: str) -> Any:
     """The inverse of `encode` by a type hint and, for dataclasses, an instance that says which one a field holds."""
     if dataclasses.is_dataclass(default) and isinstance(content, dict):
-        kind = type(default)
+        kind: Any = type(default)
         hints = typing.get_type_hints(kind)
         known = {f.name for f in dataclasses.fields(kind)}
         if set(content) != known:

@@ -1,4 +1,4 @@
-"""An experiment on devices: mesh made, data prepared, model fitted to both. What training and using a run share."""
+"""An experiment on devices: mesh made, model fitted to mesh and data. What training and using a run share."""
 
 import dataclasses
 import difflib
@@ -11,10 +11,10 @@ from jax.sharding import Mesh
 
 from zoo import sharding
 from zoo.train import checkpoints, run_folder
-from zoo.train.experiment import Dataset, Experiment, Placement, UserError
+from zoo.train.experiment import Dataset, Placement, UserError
 from zoo.train.processes import on_first
 from zoo.train.recipes import RECIPES
-from zoo.train.step import AnyExperiment, check_batch, with_compute
+from zoo.train.step import AnyExperiment, check_batch, check_counts, with_compute
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,30 @@ class Session:
 
 
 def start(experiment: AnyExperiment, placement: Placement) -> Session:
-    """Raises UserError (or a ValueError of ours) where mesh, batch, data and model do not fit together."""
+    """For training; prepares the data. Raises UserError, or a ValueError of ours, where parts do not fit together."""
+    check_counts(experiment)
     mesh = sharding.make_mesh(placement.mesh)
     check_batch(experiment, mesh)
     on_first(experiment.data.prepare)
     fitted = dataclasses.replace(experiment, model=experiment.data.fit(experiment.model))
     return Session(with_compute(fitted, mesh), mesh)
+
+
+def reopen(folder: Path, placement: Placement) -> Session:
+    """For using the model of a run, on any mesh; its data need not be there."""
+    experiment = recorded(folder)
+    mesh = sharding.make_mesh(placement.mesh)
+    data = experiment.data
+    if (folder / run_folder.TOKENIZER).is_file():
+        data = dataclasses.replace(data, tokenizer=str(folder / run_folder.TOKENIZER), train_bpe=None)
+    model = run_folder.load_model(folder, experiment.model)
+    return Session(with_compute(dataclasses.replace(experiment, model=model, data=data), mesh), mesh)
+
+
+def tokenizer_file(data: Any) -> Path | None:
+    """The file that text data is tokenized with, where there is one."""
+    find = getattr(data, "tokenizer_file", None)
+    return None if find is None else find()
 
 
 def recorded(folder: Path) -> AnyExperiment:
@@ -51,7 +69,7 @@ def recorded(folder: Path) -> AnyExperiment:
 
 def trained_model(folder: Path, session: Session) -> tuple[Any, int]:
     """The model to use (the average where there is one) from a run's newest intact checkpoint, and its step."""
-    experiment: Experiment[Any, Any, Any, Any] = session.experiment
+    experiment = session.experiment
     abstract = sharding.with_shardings(sharding.abstract(lambda: experiment.model.build(nnx.Rngs(0))), session.mesh)
     part = "model" if experiment.ema is None else "ema"
     found = checkpoints.load(folder / run_folder.CHECKPOINTS, abstract, part)

@@ -70,10 +70,21 @@ def with_compute(experiment: AnyExperiment, mesh: Mesh) -> AnyExperiment:
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, precision=precision))
 
 
+def check_counts(experiment: AnyExperiment) -> None:
+    """Raises UserError where a number that counts something is below 1."""
+    names = ("steps", "batch_size", "accumulate", "max_bad_steps", "log_every", "eval_every", "checkpoint_every")
+    for name in names:
+        count = getattr(experiment, name)
+        if count < 1:
+            raise UserError(f"--{name.replace('_', '-')} {count} is too small: choose a whole number from 1")
+    if experiment.ema is not None and not 0 <= experiment.ema < 1:
+        raise UserError(f"--ema {experiment.ema} is no decay: choose a number from 0 to below 1")
+
+
 def check_batch(experiment: AnyExperiment, mesh: Mesh) -> None:
     """Raises UserError where the batch does not divide into micro-batches, or a micro-batch over the mesh."""
     size, micro, ways = experiment.batch_size, experiment.accumulate, sharding.batch_ways(mesh)
-    if micro < 1 or size % micro:
+    if size % micro:
         raise UserError(f"--batch-size {size} is not divisible by --accumulate {micro}: choose a multiple of it")
     if size // micro % ways:
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in ("data", "fsdp") if mesh.shape.get(axis, 1) > 1)

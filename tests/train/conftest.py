@@ -40,7 +40,8 @@ class Tiny(nnx.Module):
         self.config, width = config, config.width
 
         def param(shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
-            return nnx.Param(0.1 * jax.random.normal(rngs.params(), shape), axes=axes)
+            dtype = jnp.dtype(config.precision.parameters)
+            return nnx.Param(0.1 * jax.random.normal(rngs.params(), shape, dtype), axes=axes)
 
         self.table = param((VOCAB, width), ("vocab", "embed"))
         self.up = param((width, 4 * width), ("embed", "mlp"))

@@ -16,7 +16,7 @@ DATA = DataInfo("text", "a" * 64, 10, 1000)
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_survive_json(name: str, tmp_path: Path):
     experiment = RECIPES[name]()
-    run_folder.create(tmp_path / "run", experiment, DATA)
+    run_folder.create(tmp_path / "run", experiment, experiment.model, DATA)
     assert run_folder.load(tmp_path / "run", RECIPES[name]()) == experiment
     assert run_folder.name(tmp_path / "run") == name
     hash(run_folder.load(tmp_path / "run", RECIPES[name]()))  # tuples are tuples again
@@ -31,33 +31,43 @@ def test_what_a_person_changed_comes_back(tmp_path: Path):
         ema=0.999,
         keep_every=100,
     )
-    run_folder.create(tmp_path / "run", changed, DATA)
+    run_folder.create(tmp_path / "run", changed, changed.model, DATA)
     loaded = run_folder.load(tmp_path / "run", default)
     assert loaded == changed and isinstance(loaded.model.windows, tuple)
 
 
+def test_what_using_a_run_needs_is_kept(tiny: Experiment, tmp_path: Path):
+    """The model's config as the data made it, and the tokenizer."""
+    (tmp_path / "words.json").write_text("{}")
+    fitted = dataclasses.replace(tiny.model, width=48)
+    run_folder.create(tmp_path / "run", tiny, fitted, DATA, tmp_path / "words.json")
+    assert run_folder.load(tmp_path / "run", tiny) == tiny
+    assert run_folder.load_model(tmp_path / "run", tiny.model) == fitted
+    assert (tmp_path / "run" / "tokenizer.json").read_text() == "{}"
+
+
 def test_another_experiment_is_refused_by_its_fields(tiny: Experiment, tmp_path: Path):
-    run_folder.create(tmp_path, tiny, DATA)
+    run_folder.create(tmp_path, tiny, tiny.model, DATA)
     before = (tmp_path / "config.json").read_bytes()
     other = dataclasses.replace(tiny, seed=1, model=dataclasses.replace(tiny.model, width=32))
     with pytest.raises(UserError, match=r"another experiment \(model.width: 16 -> 32; seed: 0 -> 1\): choose another"):
-        run_folder.create(tmp_path, other, DATA)
+        run_folder.create(tmp_path, other, other.model, DATA)
     with pytest.raises(UserError, match="a run of tiny, not of other"):
         run_folder.check(tmp_path, dataclasses.replace(tiny, name="other"))
     assert (tmp_path / "config.json").read_bytes() == before
 
 
 def test_other_data_is_refused(tiny: Experiment, tmp_path: Path):
-    run_folder.create(tmp_path, tiny, DATA)
-    run_folder.create(tmp_path, tiny, DATA)
+    run_folder.create(tmp_path, tiny, tiny.model, DATA)
+    run_folder.create(tmp_path, tiny, tiny.model, DATA)
     with pytest.raises(UserError, match="had SHA-256 aaaaaaaaaaaaaaaa and now has bbbbbbbbbbbbbbbb"):
-        run_folder.create(tmp_path, tiny, dataclasses.replace(DATA, sha256="b" * 64))
+        run_folder.create(tmp_path, tiny, tiny.model, dataclasses.replace(DATA, sha256="b" * 64))
 
 
 def test_a_folder_with_other_things_is_refused(tiny: Experiment, tmp_path: Path):
     (tmp_path / "thesis.txt").write_text("years of work")
     with pytest.raises(UserError, match="is not a run and not an empty folder: choose another folder"):
-        run_folder.create(tmp_path, tiny, DATA)
+        run_folder.create(tmp_path, tiny, tiny.model, DATA)
     with pytest.raises(UserError, match="is not a run and not an empty folder"):
         run_folder.check(tmp_path / "thesis.txt", tiny)
     with pytest.raises(UserError, match="is not a run"):
@@ -73,7 +83,7 @@ def test_a_damaged_config_is_named(content: str, tiny: Experiment, tmp_path: Pat
 
 
 def test_a_config_of_another_version_is_named(tiny: Experiment, tmp_path: Path):
-    run_folder.create(tmp_path, tiny, DATA)
+    run_folder.create(tmp_path, tiny, tiny.model, DATA)
     content = json.loads((tmp_path / "config.json").read_text())
     del content["experiment"]["optimizer"]["b1"]
     (tmp_path / "config.json").write_text(json.dumps(content))

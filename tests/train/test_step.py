@@ -21,6 +21,7 @@ from zoo.train.step import (
     abstract_batch,
     abstract_state,
     check_batch,
+    check_counts,
     init_state,
     train_step,
     with_compute,
@@ -187,6 +188,18 @@ def test_the_same_run_twice_is_the_same(fast):
     assert not np.array_equal(other.model.up[...], once.model.up[...])
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor"])
+def test_parameters_may_be_bfloat16(name: str, fast):
+    """State keeps its dtypes from step to step; what is skipped stays."""
+    precision = dataclasses.replace(fast.model.precision, parameters="bfloat16")
+    model = dataclasses.replace(fast.model, precision=precision)
+    experiment = dataclasses.replace(fast, model=model, ema=0.9, accumulate=2, optimizer=Optimizer(name))
+    dtypes = [leaf.dtype for leaf in jax.tree.leaves(init_state(experiment, make_mesh(ONE)))]
+    after, _ = run(experiment, steps=2, spoil=(1,))
+    assert [leaf.dtype for leaf in jax.tree.leaves(after)] == dtypes
+    assert after.model.up.dtype == jnp.bfloat16 and after.ema.up.dtype == jnp.float32
+
+
 @pytest.mark.parametrize(
     ("platform", "compute", "expected"),
     [
@@ -210,12 +223,25 @@ def test_compute_dtype_follows_the_mesh(tiny, platform: str, compute: str, expec
         ({"batch_size": 10, "accumulate": 4}, "--batch-size 10 is not divisible by --accumulate 4"),
         ({"batch_size": 10}, r"--batch-size 10 is not divisible by the 4 ways of mesh axes data=2 x fsdp=2: .* of 4"),
         ({"batch_size": 24, "accumulate": 4}, "over --accumulate 4 is 6 rows, which is not divisible by the 4 ways"),
-        ({"accumulate": 0}, "--accumulate 0"),
     ],
 )
 def test_batches_that_do_not_divide(tiny, fields: dict[str, int], message: str):
     with pytest.raises(UserError, match=message):
         check_batch(dataclasses.replace(tiny, **fields), make_mesh(EIGHT))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"accumulate": 0}, "--accumulate 0 is too small: choose a whole number from 1"),
+        ({"log_every": 0}, "--log-every 0 is too small"),
+        ({"steps": -5}, "--steps -5 is too small"),
+        ({"ema": 1.0}, "--ema 1.0 is no decay"),
+    ],
+)
+def test_counts_below_one(tiny, fields: dict[str, Any], message: str):
+    with pytest.raises(UserError, match=message):
+        check_counts(dataclasses.replace(tiny, **fields))
 
 
 def test_unknown_compute_dtype(tiny):

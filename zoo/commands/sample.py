@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
     parts = (experiment.sampler, Draw(), Devices())
     sampler, draw, devices = parse(parts, rest, prog=f"zoo sample {folder}", description=description)
     launch.start(devices.placement())
-    session = sessions.start(experiment, devices.placement())
+    session = sessions.reopen(folder, devices.placement())
     model, _ = sessions.trained_model(folder, session)
     streamed = False
 
