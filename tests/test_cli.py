@@ -122,11 +122,22 @@ def test_sample_streams_and_is_drawn_by_its_seed(run: Path, capsys: pytest.Captu
     assert "unknown flag --promt: did you mean --prompt?" in mistake(capsys, "sample", str(run), "--promt", "x")
 
 
+def on_two_hosts(*flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zoo", "train", "gpt-nano", *TINY, *flags]
+    hosts = ["--simulate-devices", "4", "--simulate-hosts", "2"]
+    return subprocess.run([*command, *hosts], capture_output=True, text=True, timeout=400)
+
+
+def test_hosts_end_at_once_on_a_mistake(tmp_path: Path) -> None:
+    done = on_two_hosts("--mesh", "data=3", "--run", str(tmp_path / "run"))
+    assert done.returncode == 2
+    assert done.stderr == "zoo: mesh data=3 needs 3 devices and there are 4: choose sizes whose product is 4\n"
+    assert done.stdout == ""
+
+
+@pytest.mark.large
 def test_hosts_train_together(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "zoo", "train", "gpt-nano", *TINY, "--steps", "2", "--run", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, "--simulate-devices", "4", "--simulate-hosts", "2"], capture_output=True, text=True, timeout=300
-    )
+    done = on_two_hosts("--steps", "2", "--run", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "devices: 4 on 2 hosts" in done.stdout and "Gloo" not in done.stdout
 

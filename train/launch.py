@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 from zoo.train import hosts
+from zoo.train.data.cache import cache_dir
 from zoo.train.experiment import Placement, UserError
 
 # PCI identity of TPU chips, as JAX itself looks for them; Google's network cards bear the same vendor.
@@ -29,7 +30,7 @@ def start(placement: Placement) -> None:
     if placement.simulate_devices is not None:
         simulate_devices(placement.simulate_devices)
     if placement.compile_cache:
-        use_compile_cache()
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache()))
     connect(placement)
     for line in warnings_about_devices(simulated=placement.simulate_devices is not None):
         print(f"warning: {line}", file=sys.stderr)
@@ -46,23 +47,10 @@ def simulate_devices(count: int) -> None:
         raise UserError("--simulate-devices came too late: this process already uses its devices") from error
 
 
-def cache_folder() -> Path:
-    """This user's cache folder for this project, by each platform's custom; it need not exist."""
-    if "XDG_CACHE_HOME" in os.environ:
-        root = Path(os.environ["XDG_CACHE_HOME"])
-    elif sys.platform == "darwin":
-        root = Path.home() / "Library" / "Caches"
-    elif sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA", str(Path.home())))
-    else:
-        root = Path.home() / ".cache"
-    return root / "flaxzoo"
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs between runs. A folder that is already configured (JAX_COMPILATION_CACHE_DIR) stays."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
+def compile_cache() -> Path:
+    """Where compiled programs are kept: as configured (JAX_COMPILATION_CACHE_DIR), else in our cache."""
+    configured = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    return Path(configured) if configured else cache_dir() / "compiled"
 
 
 def connect(placement: Placement) -> None:

@@ -207,6 +207,6 @@ def test_compiled_programs_are_kept(tmp_path: Path) -> None:
         "jax.jit(lambda x: x @ x)(jax.numpy.ones((8, 8)))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "JAX_COMPILATION_CACHE_DIR"}
-    environment["XDG_CACHE_HOME"] = str(tmp_path)
+    environment["FLAXZOO_CACHE"] = str(tmp_path)
     subprocess.run([sys.executable, "-c", script], env=environment, check=True)
-    assert any((tmp_path / "flaxzoo" / "compiled").iterdir())
+    assert any((tmp_path / "compiled").iterdir())

@@ -58,7 +58,7 @@ def interpreter() -> Iterator[Finding]:
 
 
 def devices() -> Iterator[Finding]:
-    yield Finding("cpu cores", str(os.process_cpu_count() if hasattr(os, "process_cpu_count") else os.cpu_count()))
+    yield Finding("cpu cores", str(os.cpu_count()))
     try:
         seen = jax.devices()
     except RuntimeError as error:
@@ -93,4 +93,4 @@ def disk(folder: Path) -> Iterator[Finding]:
         yield Finding("write test", f"{WRITTEN / 2**20 / seconds:.0f} MiB/s")
     except OSError as error:
         yield Finding("write test", f"cannot write at {folder}: {error.strerror}", problem=True)
-    yield Finding("compile cache", str(jax.config.jax_compilation_cache_dir or launch.cache_folder() / "compiled"))
+    yield Finding("compile cache", str(launch.compile_cache()))

@@ -64,7 +64,7 @@ def parse_none(arguments: Sequence[str], *, prog: str, description: str) -> None
 
 def _type(instance: Any) -> Any:
     """The type of a dataclass instance, its type parameters filled with the types of the fields they annotate."""
-    kind = type(instance)
+    kind: Any = type(instance)
     parameters = getattr(kind, "__parameters__", ())
     if not parameters:
         return kind
