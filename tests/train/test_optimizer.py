@@ -1,5 +1,7 @@
 """Optimizers: schedules, what decays, Muon's matrices, layouts of moments, and names that are not there."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,8 +29,21 @@ DECAYING = {"table", "query", "out", "mlp", "conv"}
 
 class Parameters(nnx.Module):
     def __init__(self) -> None:
-        for i, (name, (shape, axes)) in enumerate(AXES.items()):
-            setattr(self, name, nnx.Param(1 + jax.random.uniform(jax.random.key(i), shape), axes=axes))
+        random = np.random.default_rng(0)
+        for name, (shape, axes) in AXES.items():
+            setattr(self, name, nnx.Param(jnp.asarray(1 + random.random(shape, np.float32)), axes=axes))
+
+
+def like(params: Parameters, seed: int) -> Parameters:
+    """A gradient drawn at random."""
+    random = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(random.standard_normal(x.shape, np.float32)), params)
+
+
+def prepared(options: Optimizer, params: Parameters) -> tuple[Any, Any]:
+    """The compiled update, and the first state."""
+    optimizer = make(options, 10)
+    return jax.jit(optimizer.update), jax.jit(optimizer.init)(params)
 
 
 GOOD = jnp.array(True)
@@ -60,8 +75,9 @@ def test_a_run_shorter_than_its_warmup():
 def test_decay_spares_biases_and_norms(name: str):
     """With gradients of zero, what decays loses rate * weight_decay of itself, and all else stays."""
     params = Parameters()
-    optimizer = make(Optimizer(name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.2), 10)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params, good=GOOD)
+    options = Optimizer(name, learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.2)
+    update, state = prepared(options, params)
+    updates, _ = update(jax.tree.map(lambda x: 0 * x, params), state, params, good=GOOD)
     for parameter in AXES:
         factor = -0.02 if parameter in DECAYING else 0.0
         expected = factor * value(params, parameter)
@@ -74,12 +90,13 @@ def test_adamw_is_that_of_optax(clip_norm: float | None):
     clip = optax.identity() if clip_norm is None else optax.clip_by_global_norm(clip_norm)
     rate = schedule(options, 10)
     theirs = optax.chain(clip, optax.adamw(rate, b1=0.9, b2=0.95, weight_decay=0.2, mask=decay_mask))
-    ours, params = make(options, 10), Parameters()
-    state, their_state = ours.init(params), theirs.init(params)
+    params = Parameters()
+    update, state = prepared(options, params)
+    their_update, their_state = jax.jit(theirs.update), theirs.init(params)
     for step in range(4):
-        gradient = jax.tree.map(lambda x, step=step: jax.random.normal(jax.random.key(step), x.shape), params)
-        updates, state = ours.update(gradient, state, params, good=GOOD)
-        expected, their_state = theirs.update(gradient, their_state, params)
+        gradient = like(params, step)
+        updates, state = update(gradient, state, params, good=GOOD)
+        expected, their_state = their_update(gradient, their_state, params)
         for name in AXES:
             np.testing.assert_allclose(value(updates, name), value(expected, name), rtol=1e-5, atol=1e-7)
 
@@ -87,10 +104,9 @@ def test_adamw_is_that_of_optax(clip_norm: float | None):
 @pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
 def test_a_bad_step_changes_nothing(name: str):
     params = Parameters()
-    optimizer = make(Optimizer(name), 10)
-    _, state = optimizer.update(params, optimizer.init(params), params, good=GOOD)
-    bad = jax.tree.map(lambda x: x * jnp.nan, params)
-    updates, after = optimizer.update(bad, state, params, good=~GOOD)
+    update, state = prepared(Optimizer(name), params)
+    _, state = update(params, state, params, good=GOOD)
+    updates, after = update(jax.tree.map(lambda x: x * jnp.nan, params), state, params, good=~GOOD)
     assert not any(np.asarray(x).any() for x in jax.tree.leaves(updates))
     jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(after), jax.tree.leaves(state))
 
@@ -133,13 +149,13 @@ def test_muon_takes_maps_between_spaces():
 def test_muon_orthogonalises_each_layer_apart():
     """A layer's update has singular values near 0.2 sqrt(max(fan_in, fan_out)) times the rate, whatever its scale."""
     params = Parameters()
-    gradient = jax.tree.map(lambda x: jax.random.normal(jax.random.key(7), x.shape), params)
+    gradient = like(params, 7)
     gradient.query = gradient.query.replace(gradient.query[...].at[1].multiply(1000.0))
     options = Optimizer(
         "muon", learning_rate=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=None
     )
-    optimizer = make(options, 10)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params, good=GOOD)
+    update, state = prepared(options, params)
+    updates, _ = update(gradient, state, params, good=GOOD)
     for layer in value(updates, "query").reshape(2, 6, 8):
         singular = np.linalg.svd(layer, compute_uv=False) / (0.2 * np.sqrt(8))
         assert (singular > 0.5).all() and (singular < 1.5).all()
@@ -154,9 +170,8 @@ def test_moment_dtype():
 def test_clipping_is_by_the_global_norm():
     params = Parameters()
     options = Optimizer("sgd", learning_rate=1.0, warmup_steps=0, schedule="constant", weight_decay=0.0, clip_norm=0.5)
-    optimizer = make(options, 10)
-    gradient = jax.tree.map(lambda x: 100 * x, params)
-    updates, _ = optimizer.update(gradient, optimizer.init(params), params, good=GOOD)
+    update, state = prepared(options, params)
+    updates, _ = update(jax.tree.map(lambda x: 100 * x, params), state, params, good=GOOD)
     norm = np.sqrt(sum((np.asarray(x) ** 2).sum() for x in jax.tree.leaves(updates)))
     assert norm == pytest.approx(0.5, rel=1e-5)
 
