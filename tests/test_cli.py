@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -12,8 +13,9 @@ from typing import Any, Generic, Literal, TypeVar
 import pytest
 
 from zoo import cli
-from zoo.commands import doctor
+from zoo.commands import doctor, train
 from zoo.commands.flags import parse
+from zoo.train import ending
 from zoo.train.experiment import UserError
 
 TINY = (
@@ -218,3 +220,11 @@ def test_flags_that_do_not_fit(
     with pytest.raises(UserError) as error:
         parsed(*arguments)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_command_that_resumes_makes_the_same_experiment() -> None:
+    given = [*TINY, "--steps", "7", "--data.train-bpe", "300", "--model.windows", "None", "16", "--ema", "0.9"]
+    experiment, _ = train.read(["gpt-nano", *given])
+    _, _, *command = shlex.split(ending.next_steps(Path("a run"), experiment)["resume"])
+    again, placement = train.read(command)
+    assert again == experiment and placement.run == Path("a run")

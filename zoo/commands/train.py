@@ -12,6 +12,8 @@ from zoo.train import hosts, launch
 from zoo.train.experiment import Experiment, Placement, UserError
 from zoo.train.recipes import RECIPES
 
+AnyExperiment = Experiment[Any, Any, Any, Any]
+
 HELP = """\
 usage: zoo train RECIPE [--preset MODEL] [flags]
 
@@ -29,11 +31,7 @@ def main(arguments: Sequence[str]) -> int:
         for name, recipe in RECIPES.items():
             print(f"  {name:<16} {_first_line(recipe)}")
         return 0
-    name, *rest = arguments
-    recipe = choose("recipe", name, RECIPES)
-    experiment, rest = with_preset(recipe(), rest)
-    description = inspect.cleandoc(recipe.__doc__ or "")
-    experiment, placement = parse((experiment, Placement()), rest, prog=f"zoo train {name}", description=description)
+    experiment, placement = read(arguments)
     if placement.simulate_hosts != 1:
         command = [sys.executable, "-P", "-m", "zoo", "train", *arguments]
         return hosts.run(lambda each: [*command, *hosts.flags(each)], placement)
@@ -45,7 +43,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def with_preset(experiment: Experiment[Any, Any, Any, Any], arguments: list[str]) -> tuple[Any, list[str]]:
+def read(arguments: Sequence[str]) -> tuple[AnyExperiment, Placement]:
+    """A recipe's name and flags as the experiment and the placement they stand for."""
+    name, *rest = arguments
+    recipe = choose("recipe", name, RECIPES)
+    experiment, rest = with_preset(recipe(), rest)
+    description = inspect.cleandoc(recipe.__doc__ or "")
+    return parse((experiment, Placement()), rest, prog=f"zoo train {name}", description=description)
+
+
+def with_preset(experiment: AnyExperiment, arguments: list[str]) -> tuple[AnyExperiment, list[str]]:
     """Takes `--preset MODEL` out of the arguments: the recipe with that model, and the other arguments."""
     for index, argument in enumerate(arguments):
         flag, equals, name = argument.partition("=")
