@@ -103,7 +103,7 @@ class ImageSampler:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         images = self.draw(model, data.example_shape, key)
         scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
-        path = folder / "samples.png"
+        path = folder.absolute() / "samples.png"
         if jax.process_index() == 0:
             pictures.write_png(pictures.grid(images, self.columns, scale=scale), path)
         return str(path)
@@ -112,9 +112,9 @@ class ImageSampler:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
         timesteps = model.config.timesteps
         if not 1 <= self.steps <= timesteps:
-            raise UserError(f"--sampler.steps {self.steps} does not fit a model of {timesteps} steps: choose 1 to {timesteps}")
+            raise UserError(f"--sampler.steps {self.steps} is not in the model's 1 to {timesteps}: choose one of these")
         if self.rows < 1 or self.columns < 1:
-            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose --sampler.rows and .columns from 1")
+            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose both sides from 1")
         schedule = schedules.make(model.config.schedule, timesteps)
         method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
 

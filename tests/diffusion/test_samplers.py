@@ -61,7 +61,7 @@ def test_exact_score_of_a_mixture_gives_both_modes(method) -> None:
 
 
 def test_all_steps_of_ddim_with_eta_1_are_ancestral_sampling() -> None:
-    """The same keys give the same draws: eta = 1 has the posterior's mean and variance (Song et al. 2021, section 4.1)."""
+    """The same keys give the same draws: eta = 1 has the posterior's mean and variance (Song et al. 2021)."""
     schedule = schedules.linear(100)
     denoise = mixture_noise(schedule, [-0.5, 0.5], 0.2)
     key, shape = jax.random.key(3), (8, 2, 2, 1)

@@ -1,14 +1,17 @@
 """Objectives: the loss and its written gradient against numpy, chunked against plain, and what is reported."""
 
 import math
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from zoo.diffusion import schedules
 from zoo.train.experiment import UserError
-from zoo.train.objectives import NextToken, chunked_sums, cross_entropy
+from zoo.train.objectives import NextToken, NoisePrediction, chunked_sums, cross_entropy
 
 B, T, D, V = 3, 8, 5, 11
 
@@ -148,3 +151,63 @@ def test_evaluation_measures_the_likelihood_alone():
 def test_chunks_must_divide_the_length():
     with pytest.raises(UserError, match=r"--objective.chunks 3 does not divide the length 4"):
         NextToken(chunks=3).loss(Constant(np.zeros(8)), a_batch(), None)
+
+
+class Denoiser:
+    """Predicts `share` of the noise, which it knows because images are 0; keeps the times that it was asked for."""
+
+    config = SimpleNamespace(schedule="cosine", timesteps=1000)
+
+    def __init__(self, share: float):
+        self.share, self.times, self.key = share, None, None
+
+    def __call__(self, x: jax.Array, t: jax.Array, *, key: Any) -> jax.Array:
+        self.times, self.key = np.asarray(t), key
+        sigma = jnp.sqrt(schedules.cosine(1000).variance(t))
+        return self.share * x / sigma[:, None, None, None]
+
+
+def blank(rows: int) -> dict[str, jax.Array]:
+    return {"images": jnp.zeros((rows, 8, 8, 1)), "weights": jnp.ones(rows)}
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(3)], ids=["evaluation", "training"])
+def test_noise_prediction_is_the_mean_square_of_what_is_missed(key) -> None:
+    objective, batch = NoisePrediction(), blank(256)
+    none, half, all_of_it = (objective.loss(Denoiser(share), batch, key) for share in (0.0, 0.5, 1.0))
+    assert float(none.weight) == 256
+    # 16384 squares of standard normals: mean 1, standard error 0.011.
+    assert objective.summary(float(none.total), 256.0, {})["loss"] == pytest.approx(1.0, abs=0.05)
+    assert float(half.total) == pytest.approx(float(none.total) / 4, rel=1e-4)
+    assert float(all_of_it.total) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_noise_prediction_weighs_images() -> None:
+    batch = blank(6) | {"weights": jnp.array([1.0, 1, 0, 1, 0, 0])}
+    objective = NoisePrediction()
+    some, every = (objective.loss(Denoiser(0.0), b, None) for b in (batch, blank(6)))
+    assert float(some.weight) == 3 and 0 < float(some.total) < float(every.total)
+    poisoned = batch | {"images": batch["images"].at[2].set(7.0)}
+    assert float(objective.loss(Denoiser(0.0), poisoned, None).total) == float(some.total)
+
+
+def test_noise_prediction_evaluates_with_the_same_noise_at_times_that_cover_the_schedule() -> None:
+    objective, denoiser = NoisePrediction(), Denoiser(0.3)
+    first = objective.loss(denoiser, blank(50), None)
+    np.testing.assert_array_equal(denoiser.times, np.arange(50) * 20)
+    assert denoiser.key is None
+    assert float(objective.loss(denoiser, blank(50), None).total) == float(first.total)
+
+
+def test_noise_prediction_trains_at_random_times_with_fresh_noise() -> None:
+    objective, denoiser = NoisePrediction(), Denoiser(0.3)
+    totals, times = set(), []
+    for seed in range(4):
+        totals.add(float(objective.loss(denoiser, blank(100), jax.random.key(seed)).total))
+        times.append(denoiser.times)
+        assert denoiser.key is not None
+    assert len(totals) == 4
+    drawn = np.concatenate(times)
+    assert drawn.min() >= 0 and drawn.max() < 1000
+    # 400 draws, uniform: mean 499.5, standard error 14.4.
+    assert abs(drawn.mean() - 499.5) < 60 and len(set(drawn.tolist())) > 250

@@ -20,7 +20,7 @@ Step = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Arr
 def trailing_times(timesteps: int, steps: int) -> np.ndarray:
     """`steps` times from timesteps - 1 downwards, evenly spaced: [steps] int32.
 
-    The path begins where training had most noise, which leading or centred spacings miss (Lin et al. 2024, section 3.3).
+    The path begins where training had most noise, which other spacings miss (Lin et al. 2024, section 3.3).
     """
     if not 1 <= steps <= timesteps:
         raise ValueError(f"sampling in {steps} steps is not possible with {timesteps}: choose 1 to {timesteps}")
@@ -72,9 +72,7 @@ def ddim_step(
     return jnp.sqrt(schedule.alpha_bar(s)) * images + direction * predicted_noise + jnp.sqrt(variance) * fresh_noise
 
 
-def sample(
-    denoise: Denoiser, step: Step, times: np.ndarray, shape: Sequence[int], key: jax.Array
-) -> jax.Array:
+def sample(denoise: Denoiser, step: Step, times: np.ndarray, shape: Sequence[int], key: jax.Array) -> jax.Array:
     """Images [B, Y, X, C] from noise, by `step` along descending `times` [steps]; float32.
 
     The noise depends on the key and on global indices alone, so that every sharding draws the same images.
@@ -102,7 +100,7 @@ def ddpm(
     clip: float | None = 1.0,
     large_variance: bool = False,
 ) -> jax.Array:
-    """Images of `shape` [B, Y, X, C] by ancestral sampling, in all of the schedule's steps unless fewer are asked for."""
+    """Images of `shape` [B, Y, X, C] by ancestral sampling, in all the schedule's steps unless fewer are given."""
     times = trailing_times(schedule.timesteps, steps or schedule.timesteps)
     return sample(denoise, partial(ddpm_step, schedule, clip=clip, large_variance=large_variance), times, shape, key)
 

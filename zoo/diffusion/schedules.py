@@ -1,7 +1,7 @@
 """Noise schedules of discrete-time diffusion (Ho et al. 2020), as tables over t = 0 .. T - 1 and functions of them.
 
-x_0 is an image in [-1, 1], x_t = signal(t) x_0 + sigma(t) noise with signal^2 + sigma^2 = 1. Time counts from 0: t = 0 is
-the least noisy step (the paper's t = 1), and t = -1 stands for the image itself.
+x_0 is an image in [-1, 1], x_t = signal(t) x_0 + sigma(t) noise with signal^2 + sigma^2 = 1. Time counts from 0: t = 0
+is the least noisy step (the paper's t = 1), and t = -1 stands for the image itself.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from flax import nnx
 
 from zoo.layers.convolution import Conv, GroupNorm
 from zoo.layers.dropout import split
-from zoo.layers.linear import Precision
+from zoo.layers.linear import LayerError, Precision
 from zoo.layers.unet import (
     Downsample,
     ResidualBlock,
@@ -88,7 +88,9 @@ class UNetConfig:
             below = pixels
         c = self.channels[-1]
         total += 2 * residual(below, c, c) + attention(below, c)
-        return total + conv(height * width, image_channels, self.width) + conv(height * width, self.width, image_channels)
+        return (
+            total + conv(height * width, image_channels, self.width) + conv(height * width, self.width, image_channels)
+        )
 
 
 class Level(nnx.Module):
@@ -135,7 +137,7 @@ class UNet(nnx.Module):
     def __call__(self, images: jax.Array, time: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
         """images [B, Y, X, C] and time [B] (0 the least noisy): the noise [B, Y, X, C], float32.
 
-        key: for dropout; None drops nothing. Raises ValueError where the images do not fit the network.
+        key: for dropout; None drops nothing. Raises LayerError where the images do not fit the network.
         """
         config = self.config
         self._check(images)
@@ -165,9 +167,9 @@ class UNet(nnx.Module):
         config = self.config
         multiple = 2 ** (len(config.channels) - 1)
         if images.ndim != 4 or images.shape[-1] != config.image_channels:
-            raise ValueError(f"images have shape {images.shape}: the network takes [B, Y, X, {config.image_channels}]")
+            raise LayerError(f"images have shape {images.shape}: the network takes [B, Y, X, {config.image_channels}]")
         if images.shape[1] % multiple or images.shape[2] % multiple:
-            raise ValueError(
+            raise LayerError(
                 f"images are {images.shape[1]} x {images.shape[2]}, which {len(config.channels)} levels do not halve "
                 f"evenly: choose multiples of {multiple}, or fewer multipliers"
             )
