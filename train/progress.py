@@ -72,16 +72,13 @@ class Bar:
             console=Console(highlight=False),
             transient=True,
         )
-        self._task = self._bar.add_task("", total=steps, text="compiling")
-        self._started = False
+        self._task = self._bar.add_task("", total=steps, text="preparing")
+        self._bar.start()
 
     def line(self, text: str) -> None:
         self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        if not self._started:
-            self._started = True
-            self._bar.start()
         left = duration((self._steps - step) * figures["step_seconds"])
         rate = figures[f"{self._unit}_per_second"]
         text = f"loss {figures['loss']:.3f}  {rate:,.0f} {self._unit}/s  {left} left"
