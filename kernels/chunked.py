@@ -10,6 +10,7 @@ operand run at a fifth of the speed. The gradients of k and v are therefore accu
 A row is one query of one of the G = N / K heads of a group; t and s are the sizes of a block of queries and of keys.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,8 +23,13 @@ from zoo.kernels import dropout as dropouts
 from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
 from zoo.kernels.problem import AttentionOutput, Problem, grouped, varying_axes, varying_over
 
-QUERY_BLOCK = 512
-KEY_BLOCK = 512
+CPU_BLOCK_BYTES = 2**21
+"""Scores of one block on a CPU: they stay in its cache (measured: 128 to 256 square at 8 to 24 heads is the fastest)."""
+
+BLOCK_BYTES = 2**27
+"""Scores of one block elsewhere: few, large steps of the loops."""
+
+Blocks = tuple[int, int]
 
 
 class _Differentiable(NamedTuple):
@@ -35,13 +41,35 @@ class _Differentiable(NamedTuple):
     bias: biases.Given
 
 
-def attend(problem: Problem, query_block: int = QUERY_BLOCK, key_block: int = KEY_BLOCK) -> AttentionOutput:
-    """Linear memory; every feature; differentiable once, in reverse (`lse` too)."""
+def attend(problem: Problem, blocks: Blocks | None = None) -> AttentionOutput:
+    """Linear memory; every feature; differentiable once, in reverse (`lse` too).
+
+    blocks: most queries and keys in a block; by the platform that is compiled for where not given.
+    """
     p = problem
-    shape = p.shape
-    blocks = (_block(shape.queries, query_block), _block(shape.keys, key_block))
     diff = _Differentiable(p.q, p.k, p.v, p.bias)
     return AttentionOutput(*_attend(blocks, diff, p.replace(q=None, k=None, v=None, bias=None)))
+
+
+def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: jax.Array) -> Any:
+    """run(problem cut into blocks, *arguments), the sizes fixed when a platform is compiled for."""
+
+    def at(size: Blocks) -> Callable[..., Any]:
+        return lambda problem, *rest: run(_cut(problem, size), *rest)
+
+    if blocks is not None:
+        return at(blocks)(problem, *arguments)
+    on_cpu, elsewhere = (_square(problem, limit) for limit in (CPU_BLOCK_BYTES, BLOCK_BYTES))
+    if min(on_cpu[0], max(problem.shape[1:3])) == min(elsewhere[0], max(problem.shape[1:3])):
+        return at(on_cpu)(problem, *arguments)
+    return jax.lax.platform_dependent(problem, *arguments, cpu=at(on_cpu), default=at(elsewhere))
+
+
+def _square(problem: Problem, limit: int) -> Blocks:
+    """The largest power of two from 64 to 512 with which a block's scores of all rows and heads are within limit."""
+    rows = problem.shape.batch * problem.shape.heads * problem.dtype.itemsize
+    size = next((size for size in (512, 256, 128) if rows * size * size <= limit), 64)
+    return size, size
 
 
 def _block(length: int, limit: int) -> int:
@@ -51,19 +79,19 @@ def _block(length: int, limit: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: tuple[int, int], diff: _Differentiable, rest: Problem) -> tuple[jax.Array, jax.Array]:
+def _attend(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[jax.Array, jax.Array]:
     return _attend_forward(blocks, diff, rest)[0]
 
 
-def _attend_forward(blocks: tuple[int, int], diff: _Differentiable, rest: Problem) -> tuple[tuple, tuple]:
-    out, lse = _forward(_prepare(rest.replace(**diff._asdict()), blocks))
+def _attend_forward(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[tuple, tuple]:
+    out, lse = _by_platform(blocks, _forward, rest.replace(**diff._asdict()))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return (out, lse), (diff, rest, out, lse)
 
 
-def _attend_backward(blocks: tuple[int, int], saved: tuple, cotangents: tuple) -> tuple[_Differentiable, None]:
+def _attend_backward(blocks: Blocks | None, saved: tuple, cotangents: tuple) -> tuple[_Differentiable, None]:
     diff, rest, out, lse = saved
-    return _backward(_prepare(rest.replace(**diff._asdict()), blocks), out, lse, *cotangents), None
+    return _by_platform(blocks, _backward, rest.replace(**diff._asdict()), out, lse, *cotangents), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -126,8 +154,9 @@ class _Blocked(NamedTuple):
         return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _prepare(problem: Problem, blocks: tuple[int, int]) -> _Blocked:
-    p, (t, s) = problem, blocks
+def _cut(problem: Problem, blocks: Blocks) -> _Blocked:
+    p = problem
+    t, s = _block(p.shape.queries, blocks[0]), _block(p.shape.keys, blocks[1])
     queries, keys = -(-p.shape.queries // t), -(-p.shape.keys // s)
     mask = p.mask.padded(queries * t, keys * s)
     needed, whole = block_kinds(mask, t, s)

@@ -16,7 +16,7 @@ from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_ar
 SCORE_BUDGET = 2**31
 """Bytes of scores per device above which `xla` refuses a call: nothing becomes quadratic in memory unasked."""
 
-SMALL_SCORES = 2**20
+SMALL_SCORES = 2**18
 """Bytes of scores per device up to which `auto` takes the plain equation."""
 
 

@@ -59,7 +59,7 @@ def compare(call):
         return jnp.sum(out * d_out) + jnp.sum(finite * d_lse), (out, lse)
 
     results = []
-    for attend in (reference.attend, lambda problem: chunked.attend(problem, *blocks)):
+    for attend in (reference.attend, lambda problem: chunked.attend(problem, blocks)):
         step = jax.jit(jax.value_and_grad(lambda x, attend=attend: run(attend, x), has_aux=True))
         (_, values), gradients = step(jax.tree.map(jnp.asarray, learned))
         results.append((values, gradients))
@@ -128,7 +128,7 @@ def test_blocks_that_the_mask_empties_are_skipped(mask):
     poison = jnp.asarray(np.repeat(~seen, block))[None, :, None, None]
 
     def rows(q, k, v):
-        return chunked.attend(build(q, k, v, mask), block, block).output[:, row : row + block]
+        return chunked.attend(build(q, k, v, mask), (block, block)).output[:, row : row + block]
 
     poisoned = [jnp.where(poison, jnp.nan, x) for x in (k, v)]
     np.testing.assert_array_equal(rows(q, *poisoned), rows(q, k, v))
