@@ -22,9 +22,9 @@ BiasFunction = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 class Bias:
     """A bias computed from learned tables: function(tables, head, query, key).
 
-    function is called with int32 arrays: head [1, N, 1, 1] (global index of the query head), query [1 or B, 1, t, 1] and
-    key [1 or B, 1, 1, s] (positions, see `Mask.positions`); what it returns broadcasts to [B, N, t, s]. It must treat
-    pairs one by one, and reach learned arrays through `tables` alone, a pytree of floating arrays.
+    function is called with int32 arrays: head [1, N, 1, 1] (global index of the query head), query [1 or B, 1, t, 1]
+    and key [1 or B, 1, 1, s] (positions, see `Mask.positions`); what it returns broadcasts to [B, N, t, s]. It must
+    treat pairs one by one, and reach learned arrays through `tables` alone, a pytree of floating arrays.
 
     >>> slopes = jnp.array([0.5, 0.25])  # ALiBi (Press et al. 2022, https://arxiv.org/abs/2108.12409) with two heads
     >>> alibi = Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
@@ -92,9 +92,11 @@ def add_gradient(
     if bias is None:
         return None
     if isinstance(bias, Bias):
-        evaluate = lambda tables: jnp.broadcast_to(
-            _evaluate(bias.function, tables, heads, query, key).astype(scores.dtype), scores.shape
-        )
+
+        def evaluate(tables: Any) -> jax.Array:
+            values = _evaluate(bias.function, tables, heads, query, key)
+            return jnp.broadcast_to(values.astype(scores.dtype), scores.shape)
+
         (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
         return jax.tree.map(lambda total, one: total + one.astype(total.dtype), gradient, tables)
     corner, sizes = _slice(bias.shape, query.length, key.length, starts)
@@ -103,7 +105,12 @@ def add_gradient(
 
 
 def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side, key: Side) -> jax.Array:
-    return function(tables, heads[None, :, None, None], query.positions[:, None, :, None], key.positions[:, None, None])
+    q, k = query.positions[:, None, :, None], key.positions[:, None, None]
+    x = function(tables, heads[None, :, None, None], q, k)
+    wanted = (max(q.shape[0], k.shape[0]), heads.shape[0], query.length, key.length)
+    if x.ndim > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], wanted[::-1], strict=False)):
+        raise AttentionError(f"Bias function gave shape {x.shape}: for this block it must broadcast to {wanted}")
+    return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
 def _slice(

@@ -1,8 +1,8 @@
 """`chunked`: exact attention over blocks of queries and keys in plain JAX, in memory linear in length both ways.
 
 The online softmax and its gradient by recomputation are those of FlashAttention (Dao et al. 2022,
-https://arxiv.org/abs/2205.14135; 2023, https://arxiv.org/abs/2307.08691). For each block of queries a loop runs over the
-key blocks from the first to the last that the mask leaves anything of; those it leaves whole are not masked. The
+https://arxiv.org/abs/2205.14135; 2023, https://arxiv.org/abs/2307.08691). For each block of queries a loop runs over
+the key blocks from the first to the last that the mask leaves anything of; those it leaves whole are not masked. The
 backward pass is one such sweep.
 
 Every product is row-major times row-major or its transpose on the right: XLA's CPU products with a transposed left
@@ -24,7 +24,7 @@ from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
 from zoo.kernels.problem import AttentionOutput, Problem, grouped, varying_axes, varying_over
 
 CPU_BLOCK_BYTES = 2**21
-"""Scores of one block on a CPU: they stay in its cache (measured: 128 to 256 square at 8 to 24 heads is the fastest)."""
+"""Scores of one block on a CPU, where they stay in its cache: 128 square at 24 heads, 256 at 8, were the fastest."""
 
 BLOCK_BYTES = 2**27
 """Scores of one block elsewhere: few, large steps of the loops."""
@@ -125,7 +125,7 @@ class _Blocked(NamedTuple):
     def query_rows(self, x: jax.Array, i: jax.Array | int) -> jax.Array:
         """Block i of [B, queries t, N, X] as [B, K, G t, X]."""
         block = jax.lax.dynamic_slice_in_dim(x, i * self.t, self.t, axis=1)
-        b, t, n, width = block.shape
+        b, t, _, width = block.shape
         block = block.reshape(b, t, self.problem.shape.kv_heads, -1, width).transpose(0, 2, 3, 1, 4)
         return _flat(block)
 
@@ -177,7 +177,7 @@ def _cut(problem: Problem, blocks: Blocks) -> _Blocked:
 
 
 def _bits(x: jax.Array) -> jax.Array:
-    """Half-precision numbers as integers, to be moved: XLA's CPU compiler slices and transposes them as float32 copies."""
+    """Half-precision numbers as integers, to be moved: XLA on CPU slices and transposes them by float32 copies."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
 
 
@@ -206,9 +206,7 @@ def _flat(x: jax.Array) -> jax.Array:
 def _product(p: Problem, equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """A product of operands in the arguments' type, summed in float32."""
     dtype = p.q.dtype
-    return jnp.einsum(
-        equation, x.astype(dtype), y.astype(dtype), precision=p.precision, preferred_element_type=p.dtype
-    )
+    return jnp.einsum(equation, x.astype(dtype), y.astype(dtype), precision=p.precision, preferred_element_type=p.dtype)
 
 
 def _scores(
@@ -225,8 +223,11 @@ def _scores(
         added = biases.block(b.bias, p.heads, query, key, (i * b.t, j * b.s))
         x += grouped(added, p.shape.kv_heads).astype(p.dtype)
     if b.mask.hides:
-        hide = lambda x: jnp.where(allowed(b.mask, query, key)[:, :, None], x, -jnp.inf)
-        x = jax.lax.cond(b.whole[i, j], lambda x: x, hide, x)
+
+        def masked(x: jax.Array) -> jax.Array:
+            return jnp.where(allowed(b.mask, query, key)[:, :, None], x, -jnp.inf)
+
+        x = jax.lax.cond(b.whole[i, j], lambda x: x, masked, x)
     return x, slope
 
 
@@ -315,12 +316,13 @@ def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_l
         d_q, *sums = _loop(b, i, step, (zero, *sums))
         return tuple(sums), b.queries_first(_bits((d_q * p.scale).astype(p.q.dtype)))
 
-    turned = lambda x: jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype)
-    zeros = varying_over((turned(b.k), turned(b.v), biases.zero_gradient(b.bias, p.dtype)), axes)
+    zeros = [jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype) for x in (b.k, b.v)]
+    zeros = varying_over((*zeros, biases.zero_gradient(b.bias, p.dtype)), axes)
     (d_k, d_v, d_bias), d_q = jax.lax.scan(one, zeros, jnp.arange(b.first.shape[0], dtype=jnp.int32))
-    unturn = lambda x: b.joined(x.astype(p.q.dtype).transpose(0, 1, 4, 2, 3), p.shape.keys)
     d_q = _floats(b.joined(d_q, p.shape.queries), p.q.dtype)
-    return _Differentiable(d_q, unturn(d_k), unturn(d_v * kept), _like_bias(p.bias, d_bias))
+    turned = (x.astype(p.q.dtype).transpose(0, 1, 4, 2, 3) for x in (d_k, d_v * kept))
+    d_k, d_v = (b.joined(x, p.shape.keys) for x in turned)
+    return _Differentiable(d_q, d_k, d_v, _like_bias(p.bias, d_bias))
 
 
 def _add_at(total: jax.Array, j: jax.Array | int, part: jax.Array) -> jax.Array:

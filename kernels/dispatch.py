@@ -183,8 +183,9 @@ def explain(
         return _attend(chosen, problem, sinks)
 
     def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: biases.Given, key: jax.Array | None) -> None:
-        options = dict(bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=key, scale=scale)
-        problem, place = _prepare(q, k, v, mask, partition, **options)
+        problem, place = _prepare(
+            q, k, v, mask, partition, bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=key, scale=scale
+        )
         layout.run(place, record, problem, None) if place.wraps else record(problem, None)
 
     jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)

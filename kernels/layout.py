@@ -2,8 +2,8 @@
 
 A hand-written kernel is opaque to the partitioner, so attention runs inside shard_map: rows over the mesh axes of the
 batch, query heads over those of the heads (keys and values with them, or whole where they are fewer), and queries
-over those of the length, with keys and values gathered. A caller that is inside shard_map already is not wrapped again (axes that
-it left open are the partitioner's); `partition=` then serves to know the global indices.
+over those of the length, with keys and values gathered. A caller that is inside shard_map already is not wrapped
+again (axes that it left open are the partitioner's); `partition=` then serves to know the global indices.
 """
 
 import math
@@ -112,7 +112,10 @@ def run(layout: Layout, attend: Callable[[Problem, Any], AttentionOutput], probl
     arguments = (problem, sinks, group)
     specs = (_specs(problem, cut, () if shares else cut.heads), *(None if x is None else heads for x in arguments[1:]))
     if AxisType.Explicit in mesh.axis_types:
-        lay = lambda spec, part: jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
+
+        def lay(spec: PartitionSpec, part: Any) -> Any:
+            return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
+
         arguments = jax.tree.map(lay, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
     out = PartitionSpec(*(names or None for names in cut))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*arguments)
@@ -122,8 +125,13 @@ def _specs(problem: Problem, cut: Cut, kv_heads: Names) -> Problem:
     """The problem with PartitionSpecs in the place of arrays."""
     batch, queries, heads = (names or None for names in cut)
     rows = problem.shape.batch
-    of = lambda x, *rest: None if x is None else PartitionSpec(batch if x.shape[0] == rows else None, *rest)
-    side = lambda side, axis: Side(PartitionSpec(axis), of(side.positions, axis), of(side.segments, axis))
+
+    def of(x: jax.Array | None, *rest: Names | None) -> Any:
+        return None if x is None else PartitionSpec(batch if x.shape[0] == rows else None, *rest)
+
+    def side(side: Side, axis: Names | None) -> Any:
+        return Side(PartitionSpec(axis), of(side.positions, axis), of(side.segments, axis))  # type: ignore[arg-type]
+
     mask = problem.mask
     bias = problem.bias
     if isinstance(bias, Bias):

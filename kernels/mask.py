@@ -134,17 +134,15 @@ class Side:
         extra = length - self.length
         if not extra:
             return self
-        rows = lambda x: None if x is None else jnp.pad(x, ((0, 0), (0, extra)), mode="edge")
         index = jnp.pad(self.index, (0, extra), constant_values=PADDING_INDEX)
-        return Side(index, rows(self.positions), rows(self.segments))
+        rows = (self.positions, self.segments)
+        return Side(index, *jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, extra)), mode="edge"), rows))
 
     def block(self, start: jax.Array | int, length: int) -> "Side":
         return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1), self)
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("query", "key", "prefix", "lengths"), meta_fields=("rules",)
-)
+@partial(jax.tree_util.register_dataclass, data_fields=("query", "key", "prefix", "lengths"), meta_fields=("rules",))
 @dataclass(frozen=True)
 class ResolvedMask:
     """A mask with its shapes settled: prefix and lengths are [1 or B] or None. lengths limit the keys' index."""
@@ -167,14 +165,10 @@ class ResolvedMask:
         lengths = self.lengths
         if keys > self.key.length and lengths is None:
             lengths = jnp.full((1,), PADDING_INDEX, jnp.int32)
-        return dataclasses.replace(
-            self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths
-        )
+        return dataclasses.replace(self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths)
 
 
-def resolve(
-    mask: Mask, batch: int, queries: int, keys: int, first_query: jax.Array | int = 0
-) -> ResolvedMask:
+def resolve(mask: Mask, batch: int, queries: int, keys: int, first_query: jax.Array | int = 0) -> ResolvedMask:
     """The mask for arrays of these sizes; raises AttentionError where one of its arrays does not fit."""
     left, right = mask.window if isinstance(mask.window, tuple) else (None, None)
     segments = _pair(mask.segments, "segments", batch, queries, keys)
@@ -240,7 +234,10 @@ def allowed(mask: ResolvedMask, query: Side, key: Side) -> jax.Array:
     if rules.right is not None:
         keep &= q - k >= -rules.right
     if rules.where is not None:
-        keep &= rules.where(q, k)
+        pattern = rules.where(q, k)
+        if pattern.dtype != bool:
+            raise AttentionError(f"mask where= must give bool for every pair of positions: it gave {pattern.dtype}")
+        keep &= pattern
     if query.segments is not None and key.segments is not None:
         q_segment, k_segment = _both_sides(query.segments, key.segments)
         keep &= (q_segment == k_segment) & (q_segment != 0)

@@ -151,7 +151,7 @@ def varying_axes(tree: Any) -> frozenset[str]:
 
 
 def varying_over(tree: Tree, axes: frozenset[str]) -> Tree:
-    """The tree with every array marked as varying over `axes`, as loops inside shard_map ask of what they start from."""
+    """The tree, every array marked as varying over `axes`: loops inside shard_map ask it of what they start from."""
 
     def one(x: jax.Array) -> jax.Array:
         missing = axes - varying_axes(x)

@@ -1,4 +1,4 @@
-"""`xla`: the plain equation over the whole [B, N, T, S] array of scores. The reference, and the choice at small sizes."""
+"""`xla`: the plain equation over the whole [B, N, T, S] scores. The reference, and the choice at small sizes."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ def attend(problem: Problem) -> AttentionOutput:
     """Quadratic memory; differentiable any number of times, forward and reverse."""
     p, shape, mask = problem, problem.shape, problem.mask
     q = p.q.reshape(*p.q.shape[:2], shape.kv_heads, -1, shape.head_dim)
-    products = dict(precision=p.precision, preferred_element_type=p.dtype)
+    products = {"precision": p.precision, "preferred_element_type": p.dtype}
     scores = p.scale * jnp.einsum("btkgh,bskh->bkgts", q, p.k, **products)
     if p.soft_cap is not None:
         scores = p.soft_cap * jnp.tanh(scores / p.soft_cap)

@@ -1,6 +1,7 @@
 """`chunked` against `xla`: values and gradients over random shapes and features; blocks that are skipped; memory."""
 
 import math
+from itertools import pairwise
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,19 @@ TOLERANCE = 2e-5
 def calls(draw):
     """Arguments to differentiate, arguments to hold, and block sizes."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
+
+    def normal(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
     b, t, s, kv_heads = (draw(st.integers(1, limit)) for limit in (3, 20, 20, 3))
     n = kv_heads * draw(st.integers(1, 3))
     h, h_value = draw(st.sampled_from([(1, 1), (8, 8), (5, 3)]))
     if draw(st.booleans()):
         s = t
-    per_side = lambda high, *shape: tuple(rng.integers(0, high, size=(*shape, x)).astype(np.int32) for x in (t, s))
+
+    def per_side(high, *shape):
+        return tuple(rng.integers(0, high, size=(*shape, x)).astype(np.int32) for x in (t, s))
+
     mask = Mask(
         causal=draw(st.booleans()),
         window=draw(st.sampled_from([None, None, 1, 4, (3, 2), (None, 1), (2, None), (None, -1)])),
@@ -38,10 +45,10 @@ def calls(draw):
         mask = mask & Mask(causal=True, prefix=rng.integers(0, s + 1, size=b))
     shape = [draw(st.sampled_from([1, size])) for size in (b, n, t, s)]
     table = Bias(lambda tables, head, query, key: tables["a"][head, (query - key) % 7] * tables["b"], None)
-    held = dict(mask=mask, soft_cap=draw(st.sampled_from([None, 1.5])), scale=draw(st.sampled_from([None, 0.3])))
+    held = {"mask": mask, "soft_cap": draw(st.sampled_from([None, 1.5])), "scale": draw(st.sampled_from([None, 0.3]))}
     if draw(st.booleans()):
-        held |= dict(dropout=0.4, dropout_key=jax.random.key(int(rng.integers(100))))
-    learned = dict(q=normal(b, t, n, h), k=normal(b, s, kv_heads, h), v=normal(b, s, kv_heads, h_value))
+        held |= {"dropout": 0.4, "dropout_key": jax.random.key(int(rng.integers(100)))}
+    learned = {"q": normal(b, t, n, h), "k": normal(b, s, kv_heads, h), "v": normal(b, s, kv_heads, h_value)}
     learned["bias"] = draw(st.sampled_from([None, normal(*shape), {"a": normal(n, 7), "b": normal()}]))
     function = table.function if isinstance(learned["bias"], dict) else None
     cotangents = normal(b, t, n, h_value), normal(b, t, n)
@@ -150,7 +157,9 @@ def test_checkpoint_policy_by_name_spares_the_second_forward_pass():
     policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
 
     def loops(policy):
-        layer = lambda q: jnp.sum(attention(q, k, v, Mask(causal=True), impl="chunked") ** 2)
+        def layer(q):
+            return jnp.sum(attention(q, k, v, Mask(causal=True), impl="chunked") ** 2)
+
         return str(jax.make_jaxpr(jax.grad(jax.checkpoint(layer, policy=policy)))(q)).count("scan[")
 
     assert loops(policy) < loops(jax.checkpoint_policies.nothing_saveable)
@@ -170,6 +179,6 @@ def temporaries(length: int) -> int:
 def test_memory_is_linear_in_length():
     lengths = [2048, 4096, 8192, 16384, 32768]
     sizes = [temporaries(length) for length in lengths]
-    exponents = [math.log2(b / a) for a, b in zip(sizes, sizes[1:], strict=False)]
+    exponents = [math.log2(b / a) for a, b in pairwise(sizes)]
     assert max(exponents) <= 1.1, sizes
     assert sizes[-1] < 400 * 2**20, sizes

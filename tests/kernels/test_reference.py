@@ -100,7 +100,7 @@ def test_masks(name):
     agree(attention(q, k, v, mask, impl="xla", return_lse=True), equation(q, k, v, allowed))
 
 
-@pytest.mark.parametrize("heads, kv_heads", [(1, 1), (4, 4), (6, 2), (6, 1)])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (4, 4), (6, 2), (6, 1)])
 def test_query_heads_share_key_heads_in_order(heads, kv_heads):
     q, k, v = arrays(heads=heads, kv_heads=kv_heads)
     agree(attention(q, k, v, impl="xla", return_lse=True), equation(q, k, v, lambda b, i, j: True))
@@ -161,7 +161,7 @@ def test_gradients_by_finite_differences():
         def run(q, k, v, table, sinks):
             bias = Bias(lambda table, head, query, key: table[head, query - key + S], table)
             mask = Mask(causal=True, lengths=np.array([S, 3]), window=(None, -1))
-            options = dict(dropout=0.3, dropout_key=jax.random.key(0), soft_cap=2.0, sinks=sinks, bias=bias)
+            options = {"dropout": 0.3, "dropout_key": jax.random.key(0), "soft_cap": 2.0, "sinks": sinks, "bias": bias}
             out, lse = attention(q, k, v, mask, impl="xla", return_lse=True, **options)
             return out, jnp.where(lse == -jnp.inf, 0, lse)
 
