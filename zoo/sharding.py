@@ -86,7 +86,7 @@ def parse_mesh(text: str) -> dict[str, int]:
     return sizes
 
 
-def make_mesh(sizes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: Mapping[str, int] | str | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:  # pyright: ignore[reportInvalidTypeForm]
     """A mesh with all six axes (those not named have size 1), of AxisType.Auto.
 
     With no sizes, every device is on `data`. Over several slices of a pod, `data` is laid across the slices first, so
