@@ -1,9 +1,10 @@
 """The loop: an experiment and a placement in, a trained model and its run folder out."""
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,12 +15,14 @@ from zoo.train import session as sessions
 from zoo.train.checkpoints import Checkpoints
 from zoo.train.data.loader import batches
 from zoo.train.evaluate import evaluator
-from zoo.train.experiment import Dataset, Placement, UserError
+from zoo.train.experiment import Batch, Dataset, Placement, UserError
 from zoo.train.interruption import Interruption
 from zoo.train.metrics import Interval, Jsonl, Meter, Reader, TensorBoard, Tracker
 from zoo.train.progress import Display, display
 from zoo.train.session import Session
 from zoo.train.step import AnyExperiment, Metrics, State, abstract_batch, abstract_state, init_state, train_step
+
+CompiledStep = Callable[[State, Batch], tuple[State, Metrics]]
 
 
 def run(experiment: AnyExperiment, placement: Placement) -> State:
@@ -43,9 +46,9 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
     trainer = Trainer(session, data, folder, show)
     try:
         announce(session, data, folder, show)
-        state, start = trainer.restore()
+        step, state, start = trainer.prepare()
         trainer.track(start, tensorboard=placement.tensorboard)
-        state = trainer.train(state, start)
+        state = trainer.train(step, state, start)
         figures = trainer.latest or trainer.evaluate(state)
         ending.conclude(session, experiment, folder, state.best, figures, trainer.meter, show)
         return state
@@ -87,8 +90,14 @@ class Trainer:
         self.validate = evaluator(session, session.dataset("validation"))
         self.latest: dict[str, float] | None = None
 
+    def prepare(self) -> tuple[CompiledStep, State, int]:
+        """The compiled step, the state to begin with, how many steps it has behind it. One is made beside the other."""
+        with ThreadPoolExecutor(1) as beside:
+            compiling = beside.submit(self.compile)
+            state, start = self.restore()
+            return compiling.result(), state, start
+
     def restore(self) -> tuple[State, int]:
-        """The state to begin with, and how many steps it has behind it."""
         with self.meter.losing("startup"):
             found = self.checkpoints.restore(abstract_state(self.experiment, self.mesh))
             if found is None:
@@ -101,12 +110,12 @@ class Trainer:
             self.trackers = [Jsonl(self.folder / run_folder.METRICS, start)]
             self.trackers += [TensorBoard(self.folder / "tensorboard", start)] if tensorboard else []
 
-    def train(self, state: State, start: int) -> State:
+    def train(self, step: CompiledStep, state: State, start: int) -> State:
         """From step `start` to the last. Devices are waited for where figures are due, and one interval late."""
         experiment = self.experiment
         source = batches(self.data, self.mesh, experiment.batch_size, start, experiment.steps)
         with sharding.use(self.mesh), closing(source), Interruption() as interruption:
-            step = self.compile()
+            self.meter.begin()
             for done in range(start + 1, experiment.steps + 1):
                 with self.meter.losing("input"):
                     batch = next(source)
@@ -126,8 +135,8 @@ class Trainer:
         self.checkpoints.wait()
         return state
 
-    def compile(self) -> Any:
-        with self.meter.losing("compile"):
+    def compile(self) -> CompiledStep:
+        with self.meter.losing("compile"), sharding.use(self.mesh):
             state = abstract_state(self.experiment, self.mesh)
             batch = abstract_batch(self.data.batch(0, [0]), self.experiment.batch_size, self.mesh)
             return train_step(self.experiment, self.mesh).lower(state, batch).compile()

@@ -134,9 +134,13 @@ class Meter:
         self.started = self._last = time.perf_counter()
         self._lost_before = 0.0
 
+    def begin(self) -> None:
+        """The first interval begins now."""
+        self._last, self._lost_before = time.perf_counter(), self._paused()
+
     @contextlib.contextmanager
     def losing(self, to: str) -> Iterator[None]:
-        """Counts the seconds inside as lost `to` one of LOST."""
+        """Counts the seconds inside as lost `to` one of LOST; what is lost at the same time counts twice."""
         begin = time.perf_counter()
         try:
             yield
@@ -148,7 +152,7 @@ class Meter:
 
         What is lost, but for the wait for input, is no part of their time.
         """
-        paused = sum(seconds for to, seconds in self.lost.items() if to != "input")
+        paused = self._paused()
         seconds = max(end - self._last - (paused - self._lost_before), 1e-9)
         self._last, self._lost_before = end, paused
         flops = steps * self._flops / seconds
@@ -158,6 +162,9 @@ class Meter:
             "model_tflops_per_second": flops / 1e12,
         }
         return figures if self._peak is None else figures | {"mfu": flops / self._peak}
+
+    def _paused(self) -> float:
+        return sum(seconds for to, seconds in self.lost.items() if to != "input")
 
     def seconds(self) -> float:
         """Since the meter was made."""
