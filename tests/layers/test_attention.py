@@ -14,13 +14,14 @@ CAUSAL = Mask(causal=True)
 
 
 def build(**kwargs) -> MultiHeadAttention:
-    return MultiHeadAttention(24, 6, rngs=nnx.Rngs(0), init=INIT, **kwargs)
+    return jax.jit(lambda: MultiHeadAttention(24, 6, rngs=nnx.Rngs(0), init=INIT, **kwargs))()
 
 
 def random(seed: int, *shape: int) -> jax.Array:
     return jax.random.normal(jax.random.key(seed), shape)
 
 
+@jax.jit
 def plain(module: MultiHeadAttention, x, kv, allowed) -> jax.Array:
     """The equation, with keys and values repeated for each query head; allowed [T, S]."""
     groups = 6 // module.num_kv_heads
@@ -43,18 +44,18 @@ def test_grouped_queries_follow_the_equation(num_kv_heads) -> None:
 def test_cross_attention_sees_another_sequence_of_another_width() -> None:
     module, x, kv = build(kv_width=10, num_kv_heads=3), random(1, 2, 4, 24), random(2, 2, 7, 10)
     expected = plain(module, x, kv, jnp.ones((4, 7), bool))
-    np.testing.assert_allclose(module(x, kv).output, expected, atol=1e-5)
-    held = module.keys_and_values(kv)
-    np.testing.assert_allclose(module(x, held).output, expected, atol=1e-5)
+    run = jax.jit(lambda x, kv: module(x, kv).output)
+    np.testing.assert_allclose(run(x, kv), expected, atol=1e-5)
+    np.testing.assert_allclose(run(x, module.keys_and_values(kv)), expected, atol=1e-5)
     shorter = module.keys_and_values(kv, lengths=jnp.array([5, 5]))
-    np.testing.assert_allclose(module(x, shorter).output, module(x, kv[:, :5]).output, atol=1e-5)
+    np.testing.assert_allclose(run(x, shorter), run(x, kv[:, :5]), atol=1e-5)
 
 
 @pytest.mark.parametrize("rotary", [None, Rotary()])
 def test_a_cache_filled_in_pieces_equals_one_pass(rotary) -> None:
     module, x = build(num_kv_heads=2, rotary=rotary), random(1, 2, 11, 24)
-    expected = module(x, mask=CAUSAL).output
     run = jax.jit(lambda x, cache: module(x, mask=CAUSAL, cache=cache))
+    expected = run(x, None).output
     cache, outputs = module.init_cache(2, 16), []
     for piece in jnp.split(x, [4, 5, 9], axis=1):
         output, cache = run(piece, cache)
@@ -66,14 +67,15 @@ def test_a_cache_filled_in_pieces_equals_one_pass(rotary) -> None:
 def test_rows_of_different_length_share_a_cache() -> None:
     module, x = build(num_kv_heads=2, rotary=Rotary()), random(1, 2, 6, 24)
     lengths = jnp.array([6, 3])
-    _, cache = module(x, mask=CAUSAL, cache=module.init_cache(2, 8))
+    run = jax.jit(lambda x, cache: module(x, mask=CAUSAL, cache=cache))
+    _, cache = run(x, module.init_cache(2, 8))
     cache = cache.cut(lengths)
     new = random(2, 2, 1, 24)
-    output, cache = module(new, mask=CAUSAL, cache=cache)
+    output, cache = run(new, cache)
     np.testing.assert_array_equal(cache.lengths, lengths + 1)
     for row, length in enumerate([6, 3]):
         alone = jnp.concatenate([x[row : row + 1, :length], new[row : row + 1]], axis=1)
-        expected = module(alone, mask=CAUSAL).output[:, -1]
+        expected = run(alone, None).output[:, -1]
         np.testing.assert_allclose(output[row : row + 1, 0], expected, atol=1e-5)
 
 
@@ -85,8 +87,10 @@ def test_dropout_is_by_key() -> None:
     np.testing.assert_allclose(run(None), plain(module, x, x, jnp.ones((9, 9), bool)), atol=1e-5)
 
 
-def test_heads_that_do_not_fit_are_refused() -> None:
+def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(LayerError, match="num_heads 6 is no multiple of num_kv_heads 4"):
         build(num_kv_heads=4)
+    with pytest.raises(LayerError, match="kv given with a cache"):
+        build()(random(1, 1, 2, 24), random(1, 1, 2, 24), cache=build().init_cache(1, 4))
     with pytest.raises(LayerError, match="width 25 is no multiple of num_heads 6"):
         MultiHeadAttention(25, 6, rngs=nnx.Rngs(0))

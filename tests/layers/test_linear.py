@@ -34,7 +34,7 @@ def test_values_and_gradients_are_those_of_the_einsum(in_shape, out_shape, equat
 
     expected, pull = jax.vjp(reference, x, layer.kernel[...], shift)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    dlayer, dx = jax.grad(lambda layer, x: (layer(x) * cotangent).sum(), argnums=(0, 1))(layer, x)
+    dlayer, dx = jax.jit(jax.grad(lambda layer, x: (layer(x) * cotangent).sum(), argnums=(0, 1)))(layer, x)
     dx_expected, dkernel, dshift = pull(cotangent)
     np.testing.assert_allclose(dx, dx_expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dlayer.kernel[...], dkernel, rtol=1e-5, atol=1e-5)
@@ -70,7 +70,10 @@ def test_bfloat16_is_close_to_float32_and_its_gradients_are_float32() -> None:
     y, exact = make(BF16)(x), make(Precision())(x)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(y.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))
-    gradient, expected = jax.grad(loss)(make(BF16)).kernel[...], jax.grad(loss)(make(Precision())).kernel[...]
+    gradient, expected = (
+        jax.jit(jax.grad(loss))(make(BF16)).kernel[...],
+        jax.jit(jax.grad(loss))(make(Precision())).kernel[...],
+    )
     assert gradient.dtype == jnp.float32
     np.testing.assert_allclose(gradient, expected, atol=0.02 * float(jnp.abs(expected).max()))
 

@@ -109,6 +109,8 @@ class MultiHeadAttention(nnx.Module):
         positions: [B, T], for rotary positions; counted from 0, or from the cache's lengths, unless given.
         key: for dropout of attention weights; None drops nothing.
         """
+        if kv is not None and cache is not None:
+            raise LayerError("kv given with a cache, which is of self-attention: give keys_and_values(kv) as kv")
         q = constrain(self.query(x), *_HEADS)
         if kv is None:
             start = 0 if cache is None else cache.lengths[:, None]

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -151,7 +152,7 @@ class Embed(nnx.Module):
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of x [..., D] against every row: [..., V padded] float32, -inf at the rows that only pad."""
-        logits = scores(x, self.table[...], self.precision)
+        logits = cast(jax.Array, scores(x, self.table[...], self.precision))
         real = jnp.arange(logits.shape[-1]) < self.vocab_size
         return jnp.where(real, logits, -jnp.inf)
 

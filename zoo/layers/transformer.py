@@ -1,7 +1,8 @@
 """Transformer blocks, and stacks of them that compile as one block whatever their depth."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,9 @@ from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import LayerError
-from zoo.sharding import constrain, is_variable
+from zoo.sharding import constrain, is_variable, logical_axes
+
+Tree = TypeVar("Tree")
 
 SAVED_PRODUCTS = ("product",)
 SAVED_ATTENTION = ("attention_out", "attention_lse")
@@ -68,6 +71,9 @@ class Block(nnx.Module):
         key: jax.Array | None = None,
     ) -> BlockOutput:
         """x [B, T, D]; context: what cross-attention attends to, [B, S, E]. The rest is as in MultiHeadAttention."""
+        if (context is None) != (self.cross_attention is None):
+            given = "none" if context is None else "one"
+            raise LayerError(f"a block has cross-attention where it gets a context, and only there: {given} was given")
         self_key, cross_key, mlp_key, *branch_keys = split(key, 6)
 
         def self_attention(x: jax.Array) -> jax.Array:
@@ -75,12 +81,11 @@ class Block(nnx.Module):
             y, cache = self.attention(x, mask=mask, cache=cache, positions=positions, key=self_key)
             return y
 
-        def cross_attention(x: jax.Array) -> jax.Array:
-            return self.cross_attention(x, context, mask=context_mask, key=cross_key).output
-
         x = self._branch(x, self.attention_norm, self_attention, branch_keys[0])
-        if self.cross_attention is not None:
-            x = self._branch(x, self.cross_norm, cross_attention, branch_keys[1])
+        cross, cross_norm = self.cross_attention, self.cross_norm
+        if cross is not None and cross_norm is not None:
+            attend = partial(cross, kv=context, mask=context_mask, key=cross_key)
+            x = self._branch(x, cross_norm, lambda x: attend(x).output, branch_keys[1])
         x = self._branch(x, self.feedforward_norm, lambda x: self.feedforward(x, key=mlp_key), branch_keys[2])
         return BlockOutput(x, cache)
 
@@ -165,12 +170,11 @@ class Stack(nnx.Module):
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
 
 
-def with_layers_axis(stacked: nnx.Module) -> nnx.Module:
+def with_layers_axis(stacked: Tree) -> Tree:
     """`stacked`, made by jax.vmap, with "layers" in front of the logical axes of every parameter."""
 
     def one(variable: nnx.Variable) -> nnx.Variable:
-        metadata = variable.get_metadata()
-        return type(variable)(variable.get_value(), **(metadata | {"axes": ("layers", *metadata["axes"])}))
+        return variable.replace(axes=("layers", *logical_axes(variable)))
 
     return jax.tree.map(one, stacked, is_leaf=is_variable)
 
