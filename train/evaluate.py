@@ -11,10 +11,12 @@ import numpy as np
 from zoo import sharding
 from zoo.train import session as sessions
 from zoo.train.data.loader import batches
-from zoo.train.experiment import Dataset, Placement
+from zoo.train.experiment import Dataset, Loss, Placement
 from zoo.train.processes import on_first
 from zoo.train.session import Session
 from zoo.train.step import check_batch, eval_step
+
+_AHEAD = 4  # batches
 
 
 def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, float]]:
@@ -25,8 +27,13 @@ def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, f
 
     def evaluate(model: Any) -> dict[str, float]:
         with sharding.use(mesh), closing(batches(dataset, mesh, rows, 0, dataset.batches)) as source:
-            losses = jax.device_get([compiled(model, batch) for batch in source])
-        total, weight, metrics = jax.tree.map(lambda *sums: float(np.sum(sums, dtype=np.float64)), *losses)
+            losses: list[Loss] = []
+            for batch in source:
+                losses.append(compiled(model, batch))
+                # Batches that wait their turn take memory: no more than a few of them.
+                jax.block_until_ready(losses[-_AHEAD:][0])
+        sums = jax.device_get(losses)
+        total, weight, metrics = jax.tree.map(lambda *each: float(np.sum(each, dtype=np.float64)), *sums)
         return experiment.objective.summary(total, weight, metrics)
 
     return evaluate

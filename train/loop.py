@@ -43,8 +43,7 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
     tokenizer = sessions.tokenizer_file(experiment.data)
     processes.on_first(lambda: run_folder.create(folder, experiment, session.experiment.model, data.info, tokenizer))
     show = display(experiment.steps, experiment.data.unit, quiet=not processes.is_first())
-    trainer = Trainer(session, data, folder, show)
-    try:
+    with closing(show), closing(Trainer(session, data, folder, show)) as trainer:
         announce(session, data, folder, show)
         step, state, start = trainer.prepare()
         trainer.track(start, tensorboard=placement.tensorboard)
@@ -52,8 +51,6 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
         figures = trainer.latest or trainer.evaluate(state)
         ending.conclude(session, experiment, folder, state.best, figures, trainer.meter, show)
         return state
-    finally:
-        trainer.close()
 
 
 def announce(session: Session, data: Dataset, folder: Path, show: Display) -> None:
@@ -190,7 +187,7 @@ class Trainer:
 
     def close(self) -> None:
         """Leaves nothing half done: a save that began is finished, whatever ended the run."""
-        self.show.close()
+        self.reader.close()
         for tracker in self.trackers:
             tracker.close()
         self.checkpoints.wait()

@@ -203,6 +203,9 @@ class Reader:
         ready = [self._waiting.pop(0) for _ in range(len(self._waiting) - keep)]
         return [interval.result() for interval in ready]
 
+    def close(self) -> None:
+        self._pool.shutdown(wait=False)
+
     @staticmethod
     def _fetch(figures: list[Any], last: int) -> Interval:
         figures = jax.device_get(figures)
