@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from zoo.kernels.mask import AttentionError, Side
 
@@ -37,7 +38,7 @@ class Bias:
 Given = jax.Array | Bias | None
 
 
-def check(bias: Given, batch: int, heads: int, queries: int, keys: int) -> Given:
+def check(bias: ArrayLike | Bias | None, batch: int, heads: int, queries: int, keys: int) -> Given:
     """The bias with its four dimensions written out; raises AttentionError where it does not fit."""
     if bias is None:
         return None

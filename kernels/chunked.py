@@ -12,7 +12,7 @@ A row is one query of one of the G = N / K heads of a group; t and s are the siz
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,8 @@ def attend(problem: Problem, blocks: Blocks | None = None) -> AttentionOutput:
     """
     p = problem
     diff = _Differentiable(p.q, p.k, p.v, p.bias)
-    return AttentionOutput(*_attend(blocks, diff, p.replace(q=None, k=None, v=None, bias=None)))
+    rest = p.replace(q=None, k=None, v=None, bias=None)
+    return cast(AttentionOutput, _attend(blocks, diff, rest))
 
 
 def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: jax.Array) -> Any:
@@ -79,17 +80,17 @@ def _block(length: int, limit: int) -> int:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[jax.Array, jax.Array]:
+def _attend(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> AttentionOutput:
     return _attend_forward(blocks, diff, rest)[0]
 
 
-def _attend_forward(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[tuple, tuple]:
+def _attend_forward(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[AttentionOutput, tuple]:
     out, lse = _by_platform(blocks, _forward, rest.replace(**diff._asdict()))
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
-    return (out, lse), (diff, rest, out, lse)
+    return AttentionOutput(out, lse), (diff, rest, out, lse)
 
 
-def _attend_backward(blocks: Blocks | None, saved: tuple, cotangents: tuple) -> tuple[_Differentiable, None]:
+def _attend_backward(blocks: Blocks | None, saved: tuple, cotangents: AttentionOutput) -> tuple[_Differentiable, None]:
     diff, rest, out, lse = saved
     return _by_platform(blocks, _backward, rest.replace(**diff._asdict()), out, lse, *cotangents), None
 
@@ -313,8 +314,8 @@ def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_l
             return d_q + _product(p, "bkts,bksh->bkth", d_x, b.keys(j)), d_k, d_v, d_bias
 
         zero = varying_over(jnp.zeros(q.shape, p.dtype), axes)
-        d_q, *sums = _loop(b, i, step, (zero, *sums))
-        return tuple(sums), b.queries_first(_bits((d_q * p.scale).astype(p.q.dtype)))
+        d_q, *sums_with_block = _loop(b, i, step, (zero, *sums))
+        return tuple(sums_with_block), b.queries_first(_bits((d_q * p.scale).astype(p.q.dtype)))
 
     zeros = [jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype) for x in (b.k, b.v)]
     zeros = varying_over((*zeros, biases.zero_gradient(b.bias, p.dtype)), axes)

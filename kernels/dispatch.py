@@ -7,9 +7,10 @@ from typing import Any, Literal, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from zoo.kernels import bias as biases
 from zoo.kernels import chunked, layout, reference
+from zoo.kernels.bias import Bias
 from zoo.kernels.mask import AttentionError, Mask
 from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_arrays, varying_axes, varying_over
 
@@ -48,21 +49,47 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 @overload
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = ..., *, return_lse: Literal[False] = False, **options: Any
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: Mask = Mask(),
+    *,
+    bias: Bias | ArrayLike | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    partition: layout.Partition = None,
+    return_lse: Literal[False] = False,
 ) -> jax.Array: ...
 @overload
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask = ..., *, return_lse: Literal[True], **options: Any
-) -> AttentionOutput: ...
-def attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
     mask: Mask = Mask(),
     *,
-    bias: biases.Given = None,
+    bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
-    sinks: jax.Array | None = None,
+    sinks: ArrayLike | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+    partition: layout.Partition = None,
+    return_lse: Literal[True],
+) -> AttentionOutput: ...
+def attention(
+    q: ArrayLike,
+    k: ArrayLike,
+    v: ArrayLike,
+    mask: Mask = Mask(),
+    *,
+    bias: Bias | ArrayLike | None = None,
+    soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
@@ -90,9 +117,17 @@ def attention(
 
     Raises AttentionError, one line, where arguments do not fit.
     """
-    q, k, v = (jnp.asarray(x) for x in (q, k, v))
     problem, place = _prepare(
-        q, k, v, mask, partition, bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=dropout_key, scale=scale
+        jnp.asarray(q),
+        jnp.asarray(k),
+        jnp.asarray(v),
+        mask,
+        partition,
+        bias=bias,
+        soft_cap=soft_cap,
+        dropout=dropout,
+        dropout_key=dropout_key,
+        scale=scale,
     )
     sinks = _check_sinks(sinks, problem.shape)
     if impl != "auto" and impl not in IMPLEMENTATIONS:
@@ -108,11 +143,11 @@ def _prepare(
 ) -> tuple[Problem, layout.Layout]:
     shape = check_arrays(q, k, v)
     drops = options["dropout"] > 0 and options["dropout_key"] is not None
-    place = layout.find(q, k, v, partition, needs_indices=drops or isinstance(options["bias"], biases.Bias))
-    return build(q, k, v, mask, origin=layout.origin(place, shape), **options), place
+    place = layout.find(q, k, v, partition, needs_indices=drops or isinstance(options["bias"], Bias))
+    return build(q, k, v, mask, origin=layout.origin(place.manual, shape), **options), place
 
 
-def _check_sinks(sinks: jax.Array | None, shape: Shape) -> jax.Array | None:
+def _check_sinks(sinks: ArrayLike | None, shape: Shape) -> jax.Array | None:
     if sinks is None:
         return None
     sinks = jnp.asarray(sinks)
@@ -123,8 +158,7 @@ def _check_sinks(sinks: jax.Array | None, shape: Shape) -> jax.Array | None:
 
 @partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _place(impl: str, place: layout.Layout, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
-    attend = partial(_attend, impl)
-    return layout.run(place, attend, problem, sinks) if place.wraps else attend(problem, sinks)
+    return layout.run(place, partial(_attend, impl), problem, sinks)
 
 
 def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
@@ -159,12 +193,12 @@ class Candidate(NamedTuple):
 
 
 def explain(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    q: ArrayLike | jax.ShapeDtypeStruct,
+    k: ArrayLike | jax.ShapeDtypeStruct,
+    v: ArrayLike | jax.ShapeDtypeStruct,
     mask: Mask = Mask(),
     *,
-    bias: biases.Given = None,
+    bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -177,16 +211,16 @@ def explain(
     """
     answers: list[Candidate] = []
 
-    def record(problem: Problem, sinks: None) -> AttentionOutput:
+    def record(problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
         chosen = choose(problem)
         answers[:] = [Candidate(name, one.supports(problem), name == chosen) for name, one in IMPLEMENTATIONS.items()]
         return _attend(chosen, problem, sinks)
 
-    def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: biases.Given, key: jax.Array | None) -> None:
+    def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: Any, key: jax.Array | None) -> None:
         problem, place = _prepare(
             q, k, v, mask, partition, bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=key, scale=scale
         )
-        layout.run(place, record, problem, None) if place.wraps else record(problem, None)
+        layout.run(place, record, problem, None)
 
     jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)
     return answers

@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from zoo import sharding
 from zoo.kernels.bias import Bias
 from zoo.kernels.mask import AttentionError, ResolvedMask, Side
-from zoo.kernels.problem import AttentionOutput, Problem, Shape
+from zoo.kernels.problem import AttentionOutput, Origin, Problem, Shape
 
 Names = tuple[str, ...]
 Partition = PartitionSpec | NamedSharding | None
@@ -34,16 +35,11 @@ class Cut(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """What to do about the mesh: `cut` with a shard_map of ours, `manual` is cut already by the caller's."""
+    """mesh: of the shard_map to run in, which cuts by `cut`; None for none. manual: the cut of a caller's shard_map."""
 
     mesh: Mesh | AbstractMesh | None
     cut: Cut = Cut()
     manual: Cut = Cut()
-
-    @property
-    def wraps(self) -> bool:
-        explicit = self.mesh is not None and bool(_axes(self.mesh, AxisType.Explicit))
-        return any(self.cut) or (explicit and not _axes(self.mesh, AxisType.Manual))
 
 
 def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, *, needs_indices: bool) -> Layout:
@@ -51,66 +47,82 @@ def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, *, need
 
     needs_indices: whether the result depends on global indices of rows and heads (dropout, Bias).
     """
+    spec = partition.spec if isinstance(partition, NamedSharding) else partition
     mesh = _mesh(q, partition)
     if mesh is None:
-        if isinstance(partition, PartitionSpec) and any(partition):
+        if any(spec or ()):
             raise AttentionError(
-                f"partition={partition} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {partition})"
+                f"partition={spec} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {spec})"
             )
         return Layout(None)
-    spec = partition.spec if isinstance(partition, NamedSharding) else partition
-    manual = [axis for axis in _axes(mesh, AxisType.Manual) if mesh.shape[axis] > 1]
-    if manual:
-        if spec is None and needs_indices:
-            raise AttentionError(
-                f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias depends on global indices: "
-                "say how [B, T, N] are cut with partition=PartitionSpec(...), or PartitionSpec() for not at all"
-            )
-        cut = _entries(spec or PartitionSpec(), mesh)
-        return Layout(mesh, manual=Cut(*(tuple(axis for axis in names if axis in manual) for names in cut)))
+    if _axes(mesh, AxisType.Manual):
+        return Layout(None, manual=_manual_cut(mesh, spec, needs_indices))
     rules = sharding.active()
-    if spec is None and _axes(mesh, AxisType.Explicit):
+    explicit = bool(_axes(mesh, AxisType.Explicit))
+    if spec is None and explicit:
         spec = jax.typeof(q).sharding.spec
     elif spec is None and rules is not None:
         spec = _by_rules(q, k, *rules)
-    elif spec is None:
-        if _maybe_sharded(mesh, q, k, v):
-            raise AttentionError(f"attention of arrays on a mesh of {_sizes(mesh)}: {_TWO_WAYS}")
-        spec = PartitionSpec()
-    cut = _entries(spec, mesh)
+    elif spec is None and _maybe_sharded(mesh, q, k, v):
+        raise AttentionError(f"attention of arrays on a mesh of {_sizes(mesh)}: {_TWO_WAYS}")
+    cut = _entries(spec or PartitionSpec(), mesh)
     _check_divides(cut, q, k, mesh)
-    return Layout(mesh, cut)
+    return Layout(mesh, cut) if any(cut) or explicit else Layout(None)
 
 
-def origin(layout: Layout, shape: Shape) -> tuple[jax.Array | int, jax.Array | int, jax.Array | int]:
-    """Global indices of the first row, query and query head, where a caller's shard_map has cut them."""
-    if layout.manual.queries and shape.keys <= shape.queries:
+def _manual_cut(mesh: Mesh | AbstractMesh, spec: PartitionSpec | None, needs_indices: bool) -> Cut:
+    """What a caller's shard_map has cut of what `spec` names."""
+    manual = _axes(mesh, AxisType.Manual)
+    if spec is None and needs_indices and any(mesh.shape[axis] > 1 for axis in manual):
         raise AttentionError(
-            f"inside shard_map over {'/'.join(layout.manual.queries)} keys and values are cut as the queries are "
-            f"(T={shape.queries}, S={shape.keys}): gather them first with jax.lax.all_gather(..., axis=1, tiled=True)"
+            f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias depends on global indices: "
+            "say how [B, T, N] are cut with partition=PartitionSpec(...), or PartitionSpec() for not at all"
         )
-    sizes = (shape.batch, shape.queries, shape.heads)
-    starts = (jax.lax.axis_index(names) * n if names else 0 for names, n in zip(layout.manual, sizes, strict=True))
-    return tuple(starts)
+    cut = _entries(spec or PartitionSpec(), mesh)
+    return Cut(*(tuple(axis for axis in names if axis in manual) for names in cut))
 
 
-def run(layout: Layout, attend: Callable[[Problem, Any], AttentionOutput], problem: Problem, sinks: Any) -> Any:
-    """attend(problem, sinks) inside a shard_map over the whole mesh."""
+def origin(manual: Cut, shape: Shape) -> Origin:
+    """Global indices of the first row, query and query head, where a caller's shard_map has cut them."""
+    if manual.queries and shape.keys == shape.queries:
+        raise AttentionError(
+            f"inside shard_map over {'/'.join(manual.queries)} keys and values are cut as the queries are "
+            f"(T=S={shape.keys}): gather them first with jax.lax.all_gather(..., axis=1, tiled=True)"
+        )
+
+    def first(names: Names, size: int) -> jax.Array | int:
+        return jax.lax.axis_index(names) * size if names else 0
+
+    return Origin(
+        first(manual.batch, shape.batch), first(manual.queries, shape.queries), first(manual.heads, shape.heads)
+    )
+
+
+Attend = Callable[[Problem, jax.Array | None], AttentionOutput]
+
+
+def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+    """attend(problem, sinks), inside a shard_map where the layout has a mesh."""
     mesh, cut = layout.mesh, layout.cut
+    if mesh is None:
+        return attend(problem, sinks)
     shape = problem.shape
-    ways = math.prod(mesh.shape[axis] for axis in cut.heads)
-    shares = ways > 1 and shape.kv_heads % ways != 0
+    shares = shape.kv_heads % math.prod(mesh.shape[axis] for axis in cut.heads) != 0
     group = jnp.arange(shape.heads, dtype=jnp.int32) // (shape.heads // shape.kv_heads) if shares else None
 
-    def local(problem: Problem, sinks: Any, group: jax.Array | None) -> AttentionOutput:
+    def local(problem: Problem, sinks: jax.Array | None, group: jax.Array | None) -> AttentionOutput:
         if group is not None:
             k, v = (jax.lax.dynamic_slice_in_dim(x, group[0], 1, axis=2) for x in (problem.k, problem.v))
             problem = problem.replace(k=k, v=v)
         return attend(problem, sinks)
 
     heads = PartitionSpec(cut.heads or None)
-    arguments = (problem, sinks, group)
-    specs = (_specs(problem, cut, () if shares else cut.heads), *(None if x is None else heads for x in arguments[1:]))
+    specs = (
+        _specs(problem, cut, () if shares else cut.heads),
+        None if sinks is None else heads,
+        None if group is None else heads,
+    )
+    arguments: Any = (problem, sinks, group)
     if AxisType.Explicit in mesh.axis_types:
 
         def lay(spec: PartitionSpec, part: Any) -> Any:
@@ -170,7 +182,7 @@ def _maybe_sharded(mesh: Mesh | AbstractMesh, *arrays: jax.Array) -> bool:
     """Whether arrays may be cut over the mesh; inside jit their layout is not known."""
     if mesh.size == 1:
         return False
-    return any(isinstance(x, jax.core.Tracer) or not x.sharding.is_fully_replicated for x in arrays)
+    return any(isinstance(x, Tracer) or not x.sharding.is_fully_replicated for x in arrays)
 
 
 def _by_rules(q: jax.Array, k: jax.Array, mesh: AbstractMesh, rules: sharding.Rules) -> PartitionSpec:

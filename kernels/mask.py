@@ -12,9 +12,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 Where = Callable[[jax.Array, jax.Array], jax.Array]
-PerSide = jax.Array | tuple[jax.Array, jax.Array]
+PerSide = ArrayLike | tuple[ArrayLike, ArrayLike]
+
+Limits = tuple[int | None, int | None]
 
 PADDING_INDEX = 2**31 - 1
 
@@ -47,11 +50,11 @@ class Mask:
     """
 
     causal: bool = False
-    window: int | tuple[int | None, int | None] | None = None
-    prefix: jax.Array | int | None = None
+    window: int | Limits | None = None
+    prefix: ArrayLike | None = None
     segments: PerSide | None = None
     positions: PerSide | None = None
-    lengths: jax.Array | None = None
+    lengths: ArrayLike | None = None
     where: Where | None = None
 
     def __post_init__(self) -> None:
@@ -62,6 +65,11 @@ class Mask:
             object.__setattr__(self, "window", (self.window - 1, None))
         if self.prefix is not None and not self.causal:
             raise AttentionError("prefix= widens a causal mask: give causal=True with it")
+
+    @property
+    def limits(self) -> Limits:
+        """The window's (left, right)."""
+        return self.window if isinstance(self.window, tuple) else (None, None)
 
     def __and__(self, other: "Mask") -> "Mask":
         """Both conditions at once; segments and positions may come from one side only."""
@@ -75,7 +83,7 @@ class Mask:
             prefix = _smaller(self.prefix, other.prefix)
         return Mask(
             causal=causal,
-            window=_narrower(self.window, other.window),
+            window=_narrower(self.limits, other.limits),
             prefix=prefix,
             segments=other.segments if self.segments is None else self.segments,
             positions=other.positions if self.positions is None else self.positions,
@@ -95,16 +103,15 @@ class _Both:
         return self.first(query, key) & self.second(query, key)
 
 
-def _smaller(a: jax.Array | int | None, b: jax.Array | int | None) -> jax.Array | int | None:
+def _smaller(a: ArrayLike | None, b: ArrayLike | None) -> ArrayLike | None:
     if a is None or b is None:
         return b if a is None else a
     return jnp.minimum(a, b)
 
 
-def _narrower(a: tuple | None, b: tuple | None) -> tuple | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return tuple(min((x for x in pair if x is not None), default=None) for pair in zip(a, b, strict=True))
+def _narrower(a: Limits, b: Limits) -> Limits:
+    left, right = (min((x for x in pair if x is not None), default=None) for pair in zip(a, b, strict=True))
+    return left, right
 
 
 class Rules(NamedTuple):
@@ -170,7 +177,7 @@ class ResolvedMask:
 
 def resolve(mask: Mask, batch: int, queries: int, keys: int, first_query: jax.Array | int = 0) -> ResolvedMask:
     """The mask for arrays of these sizes; raises AttentionError where one of its arrays does not fit."""
-    left, right = mask.window if isinstance(mask.window, tuple) else (None, None)
+    left, right = mask.limits
     segments = _pair(mask.segments, "segments", batch, queries, keys)
     positions = _pair(mask.positions, "positions", batch, queries, keys)
     sides = []
@@ -206,7 +213,7 @@ def _pair(
     return checked[0], checked[1]
 
 
-def _per_row(value: jax.Array | int | None, name: str, batch: int) -> jax.Array | None:
+def _per_row(value: ArrayLike | None, name: str, batch: int) -> jax.Array | None:
     if value is None:
         return None
     array = jnp.asarray(value, jnp.int32)

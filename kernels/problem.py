@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
@@ -20,6 +21,17 @@ class AttentionOutput(NamedTuple):
 
     output: jax.Array
     lse: jax.Array
+
+
+class Origin(NamedTuple):
+    """Global indices of the first row, query and query head of arrays that are a part of a whole."""
+
+    row: jax.Array | int = 0
+    query: jax.Array | int = 0
+    head: jax.Array | int = 0
+
+
+WHOLE = Origin()
 
 
 class Shape(NamedTuple):
@@ -60,7 +72,7 @@ class Problem:
 
     @property
     def shape(self) -> Shape:
-        return Shape(*self.q.shape[:2], self.k.shape[1], self.q.shape[2], self.k.shape[2], self.q.shape[3])
+        return _shape(self.q, self.k)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -83,36 +95,38 @@ def build(
     v: jax.Array,
     mask: Mask,
     *,
-    bias: biases.Given = None,
+    bias: ArrayLike | biases.Given = None,
     soft_cap: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
-    origin: tuple[jax.Array | int, jax.Array | int, jax.Array | int] = (0, 0, 0),
+    origin: Origin = WHOLE,
 ) -> Problem:
-    """The checked call; raises AttentionError where arguments do not fit one another.
-
-    origin: global indices of the first row, query and query head, where these arrays are a part.
-    """
+    """The checked call; raises AttentionError where arguments do not fit one another."""
     shape = check_arrays(q, k, v)
     if not 0.0 <= dropout < 1.0:
         raise AttentionError(f"dropout={dropout} is not a probability below 1: give 0 <= dropout < 1")
     if soft_cap is not None and not soft_cap > 0:
         raise AttentionError(f"soft_cap={soft_cap} is not positive: give a positive number, or None for no cap")
-    drops = dropout > 0 and dropout_key is not None
+    seed = None if dropout_key is None or dropout == 0 else dropouts.words(dropout_key)
     return Problem(
         q=q,
         k=k,
         v=v,
-        mask=resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin[1]),
+        mask=resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin.query),
         bias=biases.check(bias, shape.batch, shape.heads, shape.queries, shape.keys),
-        seed=dropouts.words(dropout_key) if drops else None,
-        batch=origin[0] + jnp.arange(shape.batch, dtype=jnp.int32),
-        heads=origin[2] + jnp.arange(shape.heads, dtype=jnp.int32),
+        seed=seed,
+        batch=origin.row + jnp.arange(shape.batch, dtype=jnp.int32),
+        heads=origin.head + jnp.arange(shape.heads, dtype=jnp.int32),
         scale=float(shape.head_dim**-0.5 if scale is None else scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
-        dropout=float(dropout) if drops else 0.0,
+        dropout=0.0 if seed is None else float(dropout),
     )
+
+
+def _shape(q: jax.Array, k: jax.Array) -> Shape:
+    batch, queries, heads, head_dim = q.shape
+    return Shape(batch, queries, k.shape[1], heads, k.shape[2], head_dim)
 
 
 def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> Shape:
@@ -125,7 +139,7 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> Shape:
             raise AttentionError(f"{name} is {array.dtype}: it must be floating")
         if array.dtype != q.dtype:
             raise AttentionError(f"{name} is {array.dtype} and q is {q.dtype}: cast them to one type")
-    shape = Shape(*q.shape[:2], k.shape[1], q.shape[2], k.shape[2], q.shape[3])
+    shape = _shape(q, k)
     if min(q.shape + k.shape + v.shape) < 1:
         raise AttentionError(f"q {q.shape}, k {k.shape}, v {v.shape}: no dimension may be 0")
     if k.shape[0] != shape.batch or v.shape[0] != shape.batch:
