@@ -34,11 +34,12 @@ def conclude(
         sample = asked.sampler.sample(model, data, key, folder)
     if not processes.is_first():
         return
-    facts = {"held out": sentence(figures), **yardsticks(data), "time": times(meter), "run folder": str(folder)}
+    results = {"held out": sentence(figures), **yardsticks(data), "time": times(meter), "run folder": str(folder)}
     commands = next_steps(folder, asked)
+    facts = session.facts(session.dataset("train").info) | results
     page = report.write(folder, title=asked.name, facts=facts, sample=sample, commands=commands)
     show.line(f"sample\n\n{sample}\n")
-    for name, text in {**facts, "report": str(page), **commands}.items():
+    for name, text in {**results, "report": str(page), **commands}.items():
         show.line(f"{name:<12}{text}")
 
 

@@ -55,17 +55,8 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
 
 def announce(session: Session, data: Dataset, folder: Path, show: Display) -> None:
     """Says on what, which model, which data, and where."""
-    experiment, mesh = session.experiment, session.mesh
-    device = mesh.devices.flat[0]
-    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items() if size > 1)
-    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
-    devices = f"devices: {mesh.size}{hosts}" + (f", mesh {axes}" if axes else "")
-    count = sharding.parameter_count(abstract_state(experiment, mesh).model)
-    model = type(experiment.model).__name__.removesuffix("Config")
-    show.line(f"platform  {device.platform} ({device.device_kind}), {devices}")
-    show.line(f"model     {model}, {count:,} parameters, products in {experiment.model.precision.compute}")
-    show.line(f"data      {data.info.name}: {data.info.bytes:,} bytes, {data.info.detail}")
-    show.line(f"          SHA-256 {data.info.sha256}")
+    for name, text in session.facts(data.info).items():
+        show.line(f"{name:<10}{text}")
     show.line(f"run       {folder}")
 
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 from flax import nnx
 from jax.sharding import Mesh
 
 from zoo import sharding
 from zoo.train import checkpoints, run_folder
-from zoo.train.experiment import Dataset, Placement, UserError
+from zoo.train.experiment import DataInfo, Dataset, Placement, UserError
 from zoo.train.processes import on_first
 from zoo.train.recipes import RECIPES
 from zoo.train.step import AnyExperiment, check_batch, check_counts, with_compute
@@ -29,6 +30,21 @@ class Session:
         rows = self.experiment.batch_size
         rows = rows if split == "train" else rows // self.experiment.accumulate
         return self.experiment.data.open(split, batch_size=rows, seed=self.experiment.seed)
+
+    def facts(self, data: DataInfo) -> dict[str, str]:
+        """What a person is told of it, by name; `data` is of the training split."""
+        device, config = self.mesh.devices.flat[0], self.experiment.model
+        axes = ", ".join(f"{axis}={size}" for axis, size in self.mesh.shape.items() if size > 1)
+        hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        devices = f"devices: {self.mesh.size}{hosts}" + (f", mesh {axes}" if axes else "")
+        model = type(config).__name__.removesuffix("Config")
+        count = sharding.parameter_count(sharding.abstract(lambda: config.build(nnx.Rngs(0))))
+        return {
+            "platform": f"{device.platform} ({device.device_kind}), {devices}",
+            "model": f"{model}, {count:,} parameters, products in {config.precision.compute}",
+            "data": f"{data.name}: {data.bytes:,} bytes, {data.detail}",
+            "SHA-256": data.sha256,
+        }
 
 
 def start(experiment: AnyExperiment, placement: Placement) -> Session:
