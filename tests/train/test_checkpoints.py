@@ -483,7 +483,7 @@ for step in range(first, 10_000):
     print(step, flush=True)
 """
     draw = random.Random(1)
-    for _ in range(3):
+    for _ in range(2):
         child = subprocess.Popen([sys.executable, "-c", inside, tmp_path], stdout=subprocess.PIPE, text=True)
         for _ in range(3):
             child.stdout.readline()
