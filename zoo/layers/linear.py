@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from zoo.sharding import constrain
+
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 VOCABULARY_MULTIPLE = 128
@@ -148,7 +150,9 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """The vectors of tokens [...], int: [..., D] in the compute dtype. A token outside the table gives NaN."""
-        return self.table[...].at[tokens].get(mode="fill", fill_value=jnp.nan).astype(self.precision.compute)
+        # Rows are looked up whole: cut along D, the result would have to change layout on its way to the batch's.
+        table = constrain(self.table[...], "act_vocab", None)
+        return table.at[tokens].get(mode="fill", fill_value=jnp.nan).astype(self.precision.compute)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of x [..., D] against every row: [..., V padded] float32, -inf at the rows that only pad."""

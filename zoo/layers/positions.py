@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo.layers.linear import Initializer, LayerError, Precision, normal
+from zoo.sharding import constrain
 
 
 class LearnedPositions(nnx.Module):
@@ -27,7 +28,8 @@ class LearnedPositions(nnx.Module):
 
     def __call__(self, positions: jax.Array) -> jax.Array:
         """The vectors of positions [...], int: [..., D]. A position outside the table gives NaN."""
-        return self.table[...].at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.compute)
+        table = constrain(self.table[...], None, None)
+        return table.at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.compute)
 
 
 def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0) -> jax.Array:
