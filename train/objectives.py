@@ -172,9 +172,9 @@ class NoisePrediction:
         images, weights = batch["images"], batch["weights"]
         rows = images.shape[0]
         if key is None:
-            # The same times, spread evenly, and the same noise at every evaluation: losses differ by the model alone.
+            # The same times and noise at every evaluation: losses differ by the model alone.
             noise_key, dropout_key = jax.random.key(0), None
-            times = jnp.arange(rows) * schedule.timesteps // rows
+            times = spread_times(rows, schedule.timesteps)
         else:
             time_key, noise_key, dropout_key = jax.random.split(key, 3)
             times = jax.random.randint(time_key, (rows,), 0, schedule.timesteps)
@@ -185,3 +185,13 @@ class NoisePrediction:
     def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """loss: squared error of the predicted noise, a pixel and channel; 1 is that of predicting none."""
         return {"loss": total / max(weight, 1.0)}
+
+
+def spread_times(rows: int, timesteps: int) -> jax.Array:
+    """[rows] int32 in 0 .. timesteps - 1 (at most 65536), of which every run of rows covers the range evenly.
+
+    Multiples of the golden ratio modulo 1, in 32-bit arithmetic: a batch whose last rows only pad it has times of all
+    sizes among its real ones.
+    """
+    fractions = jnp.arange(rows, dtype=jnp.uint32) * jnp.uint32(2654435769)
+    return ((fractions >> 16) * jnp.uint32(timesteps) >> 16).astype(jnp.int32)

@@ -11,7 +11,7 @@ import pytest
 
 from zoo.diffusion import schedules
 from zoo.train.experiment import UserError
-from zoo.train.objectives import NextToken, NoisePrediction, chunked_sums, cross_entropy
+from zoo.train.objectives import NextToken, NoisePrediction, chunked_sums, cross_entropy, spread_times
 
 B, T, D, V = 3, 8, 5, 11
 
@@ -191,10 +191,10 @@ def test_noise_prediction_weighs_images() -> None:
     assert float(objective.loss(Denoiser(0.0), poisoned, None).total) == float(some.total)
 
 
-def test_noise_prediction_evaluates_with_the_same_noise_at_times_that_cover_the_schedule() -> None:
+def test_noise_prediction_evaluates_with_the_same_noise_at_the_same_times() -> None:
     objective, denoiser = NoisePrediction(), Denoiser(0.3)
     first = objective.loss(denoiser, blank(50), None)
-    np.testing.assert_array_equal(denoiser.times, np.arange(50) * 20)
+    np.testing.assert_array_equal(denoiser.times, spread_times(50, 1000))
     assert denoiser.key is None
     assert float(objective.loss(denoiser, blank(50), None).total) == float(first.total)
 
@@ -211,3 +211,14 @@ def test_noise_prediction_trains_at_random_times_with_fresh_noise() -> None:
     assert drawn.min() >= 0 and drawn.max() < 1000
     # 400 draws, uniform: mean 499.5, standard error 14.4.
     assert abs(drawn.mean() - 499.5) < 60 and len(set(drawn.tolist())) > 250
+
+
+@pytest.mark.parametrize("timesteps", [10, 1000, 65536])
+def test_every_run_of_rows_has_evenly_spread_times(timesteps) -> None:
+    times = np.asarray(spread_times(200, timesteps))
+    assert times.min() >= 0 and times.max() < timesteps
+    for start, rows in ((0, 200), (0, 20), (37, 50)):
+        # Gaps of multiples of the golden ratio are below (1 + golden ratio) / rows.
+        ordered = np.sort(times[start : start + rows])
+        assert np.diff(ordered).max() <= 2.7 * timesteps / rows + 1
+        assert ordered[0] <= 2.7 * timesteps / rows and ordered[-1] >= timesteps * (1 - 2.7 / rows) - 1

@@ -73,8 +73,9 @@ def _convolve(
     """A convolution of compute-dtype operands in the given layouts; float32.
 
     On CPUs the operands are transposed to NHWC and HWIO first: inside a loop (accumulation of gradients is one) XLA has
-    a fast convolution for these alone, and any other order is some hundred times slower. Elsewhere the order is part of
-    what the compiler recognises a gradient by, and stays.
+    a fast convolution for these alone, and any other order is some hundred times slower (jax#12868). Elsewhere the
+    order is part of what the compiler recognises a gradient by, and stays. GPUs also sum in float32, but cuDNN returns
+    the dtype of the operands.
     """
     convolution = partial(
         jax.lax.conv_general_dilated,
@@ -83,20 +84,23 @@ def _convolve(
         lhs_dilation=(spread_lhs, spread_lhs),
         rhs_dilation=(spread_rhs, spread_rhs),
         precision=precision.products,
-        preferred_element_type=jnp.float32,
     )
 
     def direct(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-        return convolution(lhs, rhs, dimension_numbers=layouts)
+        return convolution(lhs, rhs, dimension_numbers=layouts).astype(jnp.float32)
+
+    def summed(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+        return convolution(lhs, rhs, dimension_numbers=layouts, preferred_element_type=jnp.float32)
 
     def transposed(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
         lhs = lhs.transpose([layouts[0].index(axis) for axis in "NHWC"])
         rhs = rhs.transpose([layouts[1].index(axis) for axis in "HWIO"])
-        y = convolution(lhs, rhs, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        layout = ("NHWC", "HWIO", "NHWC")
+        y = convolution(lhs, rhs, dimension_numbers=layout, preferred_element_type=jnp.float32)
         return y.transpose(["NHWC".index(axis) for axis in layouts[2]])
 
     lhs, rhs = lhs.astype(precision.compute), rhs.astype(precision.compute)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=transposed, default=direct)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=transposed, tpu=summed, default=direct)
 
 
 class Conv(nnx.Module):
