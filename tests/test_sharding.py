@@ -18,7 +18,9 @@ class TwoLayers(nnx.Module):
     def __init__(self, width: int = 16, *, rngs: nnx.Rngs):
         self.up = nnx.Param(jax.random.normal(rngs.params(), (width, 32)), axes=("embed", "mlp"))
         self.bias = nnx.Param(jnp.zeros(32), axes=("mlp",))
-        self.key_value = nnx.Param(jax.random.normal(rngs.params(), (width, 1, 4)), axes=("embed", "kv_heads", "head_dim"))
+        self.key_value = nnx.Param(
+            jax.random.normal(rngs.params(), (width, 1, 4)), axes=("embed", "kv_heads", "head_dim")
+        )
 
     def __call__(self, x: jax.Array) -> jax.Array:
         hidden = sharding.constrain(x @ self.up + self.bias, "act_batch", "act_mlp")
@@ -121,7 +123,9 @@ def test_an_explicit_mesh_is_accepted():
 
 
 def test_a_dimension_the_mesh_does_not_divide_is_named(mesh: jax.sharding.Mesh):
-    with pytest.raises(sharding.ShardingError, match=r"key_value: its axis 'embed' has size 15, which mesh axis fsdp=2"):
+    with pytest.raises(
+        sharding.ShardingError, match=r"key_value: its axis 'embed' has size 15, which mesh axis fsdp=2"
+    ):
         sharding.initialize(lambda key: TwoLayers(15, rngs=nnx.Rngs(key)), jax.random.key(0), mesh=mesh)
 
 

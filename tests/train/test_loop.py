@@ -74,7 +74,7 @@ def test_a_run_and_what_it_leaves(tiny: Experiment, tmp_path: Path, capsys: pyte
         "platform  cpu",
         "devices: 8, mesh data=8",
         "2,624 parameters",
-        "SHA-256 000",
+        "SHA-256   000",
         "step 12/12",
         "a sample",
     ):
