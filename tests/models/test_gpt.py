@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -34,19 +35,26 @@ GPT3_COUNTS = {
 }
 
 
+@functools.cache
 def lively(config: GPTConfig = TINY) -> GPT:
     """A model whose logits vary: four times the usual weights, and vectors that are not all 0 or 1."""
-    model = config.build(nnx.Rngs(0))
+    return jax.jit(lambda: moved(config.build(nnx.Rngs(0))))()
+
+
+def moved(model: GPT) -> GPT:
     leaves, structure = jax.tree.flatten(model, is_leaf=sharding.is_variable)
-    moved = [
-        leaf.replace(
-            4 * leaf[...]
-            if sharding.decays(sharding.logical_axes(leaf))
-            else leaf[...] + 0.1 * jax.random.normal(jax.random.key(seed), leaf.shape)
-        )
+    values = [
+        4 * leaf[...]
+        if sharding.decays(sharding.logical_axes(leaf))
+        else leaf[...] + 0.1 * jax.random.normal(jax.random.key(seed), leaf.shape)
         for seed, leaf in enumerate(leaves)
     ]
-    return jax.tree.unflatten(structure, moved)
+    return jax.tree.unflatten(structure, [leaf.replace(x) for leaf, x in zip(leaves, values, strict=True)])
+
+
+@jax.jit
+def logits_of(model: GPT, tokens: jax.Array) -> jax.Array:
+    return model(tokens).logits
 
 
 @pytest.mark.parametrize(("name", "count"), GPT2_COUNTS.items())
@@ -78,7 +86,7 @@ def test_flops_are_the_published_convention() -> None:
 
 
 def test_initialisation_is_as_published() -> None:
-    model = GPTConfig(num_layers=8, width=128, num_heads=4, vocab_size=1000).build(nnx.Rngs(0))
+    model = jax.jit(GPTConfig(num_layers=8, width=128, num_heads=4, vocab_size=1000).build)(nnx.Rngs(0))
     block = model.stack.blocks[0]
 
     def deviation(variable):
@@ -110,7 +118,7 @@ def test_no_token_sees_what_follows_and_a_band_ends() -> None:
 
 def test_cached_decoding_equals_the_full_pass() -> None:
     model = lively()
-    expected = jax.jit(lambda model: model(TOKENS).logits)(model)
+    expected = logits_of(model, TOKENS)
     assert expected.shape == (4, 16, 200) and expected.dtype == jnp.float32 and float(expected.std()) > 0.5
     run = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
     cache, logits = model.init_cache(4, 24), []
@@ -128,23 +136,23 @@ def test_packed_documents_do_not_see_each_other() -> None:
     packed = jax.jit(lambda t: model(t, segments=segments, positions=positions).logits)(TOKENS[:1])
     start = 0
     for n in lengths:
-        alone = model(TOKENS[:1, start : start + n]).logits
+        alone = logits_of(model, jnp.pad(TOKENS[:1, start : start + n], ((0, 3), (0, 16 - n))))[:1, :n]
         np.testing.assert_allclose(packed[:, start : start + n], alone, atol=1e-5)
         start += n
 
 
 def test_hidden_states_and_logits_are_the_whole() -> None:
     model = lively()
-    logits = model.logits(model.hidden(TOKENS))
+    logits = jax.jit(lambda model: model.logits(model.hidden(TOKENS)))(model)
     assert logits.shape == (4, 16, 256) and np.isneginf(logits[..., 200:]).all()
-    np.testing.assert_allclose(logits[..., :200], model(TOKENS).logits, atol=1e-6)
+    np.testing.assert_allclose(logits[..., :200], logits_of(model, TOKENS), atol=1e-6)
 
 
 def test_bfloat16_is_close_to_float32() -> None:
     model = lively()
     low = lively(dataclasses.replace(TINY, precision=Precision(compute="bfloat16")))
-    expected, logits = model(TOKENS).logits, low(TOKENS).logits
-    assert logits.dtype == jnp.float32 and low.hidden(TOKENS).dtype == jnp.bfloat16
+    expected, logits = logits_of(model, TOKENS), logits_of(low, TOKENS)
+    assert logits.dtype == jnp.float32 and jax.eval_shape(low.hidden, TOKENS).dtype == jnp.bfloat16
     assert low.init_cache(1, 8).keys.dtype == jnp.bfloat16
     assert float(jnp.sqrt(jnp.mean((logits - expected) ** 2))) < 0.03 * float(expected.std())
 
@@ -155,7 +163,7 @@ def test_dropout_is_by_key() -> None:
     key = jax.random.key(3)
     np.testing.assert_array_equal(run(model, key), run(model, key))
     assert np.abs(run(model, key) - run(model, jax.random.key(4))).max() > 0.1
-    np.testing.assert_allclose(run(model, None), lively()(TOKENS).logits, atol=1e-5)
+    np.testing.assert_allclose(run(model, None), logits_of(lively(), TOKENS), atol=1e-5)
 
 
 def loss(model: GPT, tokens: jax.Array) -> jax.Array:
@@ -172,7 +180,7 @@ def unsharded() -> tuple[jax.Array, GPT]:
 def test_sharded_equals_unsharded_with_dropout(layout, unsharded) -> None:
     expected, gradient = unsharded
     mesh = sharding.make_mesh(layout)
-    model = sharding.initialize(lambda: lively(DROPPING), mesh=mesh)
+    model = sharding.initialize(lambda: moved(DROPPING.build(nnx.Rngs(0))), mesh=mesh)
     assert not model.stack.blocks[0].feedforward.up.kernel[...].sharding.is_fully_replicated
     with sharding.use(mesh):
         placed = jax.device_put(jnp.tile(TOKENS, (2, 1)), sharding.batch_sharding(mesh))
