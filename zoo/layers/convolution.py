@@ -1,6 +1,7 @@
 """Two-dimensional convolution over images [B, Y, X, C] with written gradients, and group normalisation."""
 
 from functools import partial
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +132,7 @@ class Conv(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         total = self.size - self.stride
         around = (total // 2, total - total // 2)
-        y = convolve(x, self.kernel[...], self.stride, (around, around), self.precision)
+        y = cast(jax.Array, convolve(x, self.kernel[...], self.stride, (around, around), self.precision))
         return y + self.bias[...].astype(y.dtype)
 
 
