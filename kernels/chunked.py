@@ -16,11 +16,11 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
 from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
+from zoo.kernels.memory import from_bits, named, to_bits
 from zoo.kernels.problem import AttentionOutput, Problem, grouped, varying_axes, varying_over
 
 CPU_BLOCK_BYTES = 2**21
@@ -86,7 +86,7 @@ def _attend(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> Atte
 
 def _attend_forward(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[AttentionOutput, tuple]:
     out, lse = _by_platform(blocks, _forward, rest.replace(**diff._asdict()))
-    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    out, lse = named(out, "attention_out"), named(lse, "attention_lse")
     return AttentionOutput(out, lse), (diff, rest, out, lse)
 
 
@@ -101,8 +101,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 class _Blocked(NamedTuple):
     """A problem cut for the loops, its lengths padded to whole blocks.
 
-    q [B, queries t, N, H] and k, v [keys, B, K, s, H], as `_bits`; first, last [queries]: the range of key blocks that
-    the mask leaves anything of; whole [queries, keys]: no masking needed.
+    q [B, queries t, N, H] and k, v [keys, B, K, s, H], as bits; first, last [queries]: the range of key blocks that the
+    mask leaves anything of; whole [queries, keys]: no masking needed.
     """
 
     problem: Problem
@@ -131,14 +131,14 @@ class _Blocked(NamedTuple):
         return _flat(block)
 
     def scaled_q(self, i: jax.Array | int) -> jax.Array:
-        rows = _floats(self.query_rows(self.q, i), self.problem.q.dtype)
+        rows = from_bits(self.query_rows(self.q, i), self.problem.q.dtype)
         return (rows.astype(self.problem.dtype) * self.problem.scale).astype(rows.dtype)
 
     def keys(self, j: jax.Array | int) -> jax.Array:
-        return _floats(self.k[j], self.problem.q.dtype)
+        return from_bits(self.k[j], self.problem.q.dtype)
 
     def values(self, j: jax.Array | int) -> jax.Array:
-        return _floats(self.v[j], self.problem.q.dtype)
+        return from_bits(self.v[j], self.problem.q.dtype)
 
     def by_group(self, rows: jax.Array) -> jax.Array:
         """[B, K, G t, x] as [B, K, G, t, x]."""
@@ -164,9 +164,9 @@ def _cut(problem: Problem, blocks: Blocks) -> _Blocked:
     order = jnp.arange(keys, dtype=jnp.int32)
     return _Blocked(
         problem=p,
-        q=_padded(_bits(p.q), queries * t),
-        k=_key_blocks(_bits(p.k), keys, s),
-        v=_key_blocks(_bits(p.v), keys, s),
+        q=_padded(to_bits(p.q), queries * t),
+        k=_key_blocks(to_bits(p.k), keys, s),
+        v=_key_blocks(to_bits(p.v), keys, s),
         mask=mask,
         bias=biases.padded(p.bias, queries * t, keys * s),
         first=jnp.min(jnp.where(needed, order, keys), axis=1),
@@ -175,16 +175,6 @@ def _cut(problem: Problem, blocks: Blocks) -> _Blocked:
         t=t,
         s=s,
     )
-
-
-def _bits(x: jax.Array) -> jax.Array:
-    """Half-precision numbers as integers, to be moved: XLA on CPU slices and transposes them by float32 copies."""
-    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
-
-
-def _floats(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """The inverse of `_bits`."""
-    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
 
 
 def _padded(x: jax.Array, length: int) -> jax.Array:
@@ -275,11 +265,11 @@ def _forward(b: _Blocked) -> tuple[jax.Array, jax.Array]:
         total = jnp.where(empty, 1, total)
         lse = _flat(jnp.where(empty, -jnp.inf, top + jnp.log(total)))
         out = (out / (_flat(total)[..., None] * (1 - p.dropout))).astype(p.q.dtype)
-        return b.queries_first(_bits(out)), b.queries_first(lse[..., None])
+        return b.queries_first(to_bits(out)), b.queries_first(lse[..., None])
 
     blocks = jnp.arange(b.first.shape[0], dtype=jnp.int32)
     out, lse = (b.joined(x, p.shape.queries) for x in jax.lax.map(one, blocks))
-    return _floats(out, p.q.dtype), lse[..., 0]
+    return from_bits(out, p.q.dtype), lse[..., 0]
 
 
 def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> _Differentiable:
@@ -287,13 +277,13 @@ def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_l
     axes = varying_axes(b.q)
     # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None]
-    lse, d_lse, out, d_out = (_padded(_bits(x), b.q.shape[1]) for x in (lse, d_lse[..., None], out, d_out))
+    lse, d_lse, out, d_out = (_padded(to_bits(x), b.q.shape[1]) for x in (lse, d_lse[..., None], out, d_out))
     kept = 1 / (1 - p.dropout)
 
     def one(sums: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
         query, q = b.query_side(i), b.scaled_q(i)
         rows_lse, rows_d_lse = (b.by_group(b.query_rows(x, i)) for x in (lse, d_lse))
-        rows_out, rows_d_out = (_floats(b.query_rows(x, i), p.q.dtype) for x in (out, d_out))
+        rows_out, rows_d_out = (from_bits(b.query_rows(x, i), p.q.dtype) for x in (out, d_out))
         # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
         delta = jnp.sum(rows_d_out.astype(p.dtype) * rows_out.astype(p.dtype), axis=-1, keepdims=True)
         delta = b.by_group(delta) - rows_d_lse
@@ -315,12 +305,12 @@ def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_l
 
         zero = varying_over(jnp.zeros(q.shape, p.dtype), axes)
         d_q, *sums_with_block = _loop(b, i, step, (zero, *sums))
-        return tuple(sums_with_block), b.queries_first(_bits((d_q * p.scale).astype(p.q.dtype)))
+        return tuple(sums_with_block), b.queries_first(to_bits((d_q * p.scale).astype(p.q.dtype)))
 
     zeros = [jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype) for x in (b.k, b.v)]
     zeros = varying_over((*zeros, biases.zero_gradient(b.bias, p.dtype)), axes)
     (d_k, d_v, d_bias), d_q = jax.lax.scan(one, zeros, jnp.arange(b.first.shape[0], dtype=jnp.int32))
-    d_q = _floats(b.joined(d_q, p.shape.queries), p.q.dtype)
+    d_q = from_bits(b.joined(d_q, p.shape.queries), p.q.dtype)
     turned = (x.astype(p.q.dtype).transpose(0, 1, 4, 2, 3) for x in (d_k, d_v * kept))
     d_k, d_v = (b.joined(x, p.shape.keys) for x in turned)
     return _Differentiable(d_q, d_k, d_v, _like_bias(p.bias, d_bias))

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
 from zoo.kernels.mask import allowed
+from zoo.kernels.memory import saved
 from zoo.kernels.problem import AttentionOutput, Problem, grouped
 
 
@@ -33,6 +33,6 @@ def attend(problem: Problem) -> AttentionOutput:
         keep = dropouts.keep(p.seed, p.dropout, p.batch, p.heads, mask.query.index, mask.key.index)
         weights = jnp.where(grouped(keep, shape.kv_heads), weights / (1 - p.dropout), 0)
     out = jnp.einsum("bkgts,bskh->btkgh", weights.astype(p.v.dtype), p.v, **products)
-    out = checkpoint_name(out.reshape(*p.q.shape[:3], -1).astype(p.q.dtype), "attention_out")
-    lse = checkpoint_name(lse[..., 0].transpose(0, 3, 1, 2).reshape(p.q.shape[:3]), "attention_lse")
+    out = saved(out.reshape(*p.q.shape[:3], -1).astype(p.q.dtype), "attention_out")
+    lse = saved(lse[..., 0].transpose(0, 3, 1, 2).reshape(p.q.shape[:3]), "attention_lse")
     return AttentionOutput(out, lse)

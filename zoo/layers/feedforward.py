@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from zoo.layers.dropout import dropout
@@ -62,7 +63,8 @@ class FeedForward(nnx.Module):
 
         def activate_and_project(up: jax.Array, gate: jax.Array | None) -> jax.Array:
             f = ACTIVATIONS[self.activation]
-            hidden = f(up) if gate is None else f(gate) * up
+            wide = (up if gate is None else gate).astype(jnp.float32)
+            hidden = (f(wide) if gate is None else f(wide) * up).astype(up.dtype)
             return self.down(dropout(hidden, self.dropout, key))
 
         # The backward pass keeps the inputs of the activation, and makes its output and slope from them again: cheap,

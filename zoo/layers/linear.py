@@ -9,8 +9,8 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
+from zoo.kernels.memory import materialized, saved
 from zoo.sharding import constrain
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -70,7 +70,7 @@ def _affine_backward(in_rank: int, precision: Precision, residuals: tuple, dy: j
     leading = x.shape[: len(axes)]
     rows, columns = x.reshape(*leading, -1), dy.reshape(*leading, -1)
     dx = _dot(columns, _matrix(kernel, in_rank), (len(axes),), (1,), precision)
-    dkernel = _dot(rows, columns, axes, axes, precision)
+    dkernel = _dot(materialized(rows), columns, axes, axes, precision)
     dbias = None if bias is None else dy.astype(jnp.float32).sum(axes).astype(bias.dtype)
     return dx.reshape(x.shape).astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype), dbias
 
@@ -124,7 +124,7 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         bias = None if self.bias is None else self.bias[...]
         y = affine(x, self.kernel[...], bias, len(self.in_shape), self.precision)
-        return checkpoint_name(y, "product")
+        return saved(y, "product")
 
 
 class Embed(nnx.Module):
@@ -158,7 +158,7 @@ class Embed(nnx.Module):
         """Logits of x [..., D] against every row: [..., V padded] float32, -inf at the rows that only pad."""
         logits = cast(jax.Array, scores(x, self.table[...], self.precision))
         real = jnp.arange(logits.shape[-1]) < self.vocab_size
-        return jnp.where(real, logits, -jnp.inf)
+        return materialized(jnp.where(real, logits, -jnp.inf))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

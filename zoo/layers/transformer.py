@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo.kernels import Mask
+from zoo.kernels.memory import saved
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
@@ -17,14 +18,15 @@ from zoo.sharding import constrain, is_variable, logical_axes
 
 Tree = TypeVar("Tree")
 
+SAVED_BLOCK = "block"
 SAVED_PRODUCTS = ("product",)
 SAVED_ATTENTION = ("attention_out", "attention_lse")
 
 REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
     "none": None,
-    "products": jax.checkpoint_policies.save_only_these_names(*SAVED_PRODUCTS, *SAVED_ATTENTION),
-    "attention": jax.checkpoint_policies.save_only_these_names(*SAVED_ATTENTION),
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "products": jax.checkpoint_policies.save_only_these_names(SAVED_BLOCK, *SAVED_PRODUCTS, *SAVED_ATTENTION),
+    "attention": jax.checkpoint_policies.save_only_these_names(SAVED_BLOCK, *SAVED_ATTENTION),
+    "full": jax.checkpoint_policies.save_only_these_names(SAVED_BLOCK),
 }
 """What the backward pass finds saved: everything, matrix products and attention, attention alone, blocks' inputs."""
 
@@ -145,6 +147,7 @@ class Stack(nnx.Module):
         def run_period(carry: BlockOutput, xs: tuple) -> tuple[BlockOutput, None]:
             x, cache = carry
             index, blocks, keys = xs
+            x = saved(x, SAVED_BLOCK)
             for j, (block, mask) in enumerate(zip(blocks, masks, strict=True)):
                 layer = index * self.period + j
                 x, updated = block(

@@ -1,0 +1,48 @@
+"""What is held in memory, and as what: bits of half-precision arrays, names of what a backward pass keeps.
+
+XLA's CPU compiler knows 16-bit floats in products alone. Any other operation reads and writes them as float32, so that
+cutting one layer out of a stack, or writing it there, converts the stack. Integers it moves as they are.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+
+def to_bits(x: jax.Array) -> jax.Array:
+    """A 16-bit float as uint16; anything else as it is."""
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """The inverse of `to_bits`."""
+    return jax.lax.bitcast_convert_type(x, dtype) if x.dtype == jnp.uint16 else x
+
+
+def materialized(x: jax.Array) -> jax.Array:
+    """`x`, written once and not made again inside each reader; on accelerators the compiler chooses for itself.
+
+    XLA's CPU compiler repeats elementwise work in every loop that reads it, one by one where the loop transposes.
+    """
+    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+
+def named(x: jax.Array, name: str) -> jax.Array:
+    """`x`, kept as its bits under `name` where the policy of an enclosing jax.checkpoint says so.
+
+    No gradient passes: for the forward rule of a custom_vjp. Elsewhere it is `saved`.
+    """
+    return from_bits(checkpoint_name(to_bits(x), name), x.dtype)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def saved(x: jax.Array, name: str) -> jax.Array:
+    """`named`, with its gradient."""
+    return named(x, name)
+
+
+@saved.defjvp
+def _saved_jvp(name: str, primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    return named(*primals, name), tangents[0]
