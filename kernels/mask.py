@@ -5,10 +5,11 @@ to any block; `allowed` evaluates the mask on two sides, `block_kinds` says whic
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -58,11 +59,16 @@ class Mask:
     where: Where | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.window, int):
-            if self.window < 1:
-                raise AttentionError(f"window={self.window} keeps no key: give at least 1 (the query's own position)")
+        if isinstance(self.window, SupportsIndex):
+            width = operator.index(self.window)
+            if width < 1:
+                raise AttentionError(f"window={width} keeps no key: give at least 1 (the query's own position)")
             object.__setattr__(self, "causal", True)
-            object.__setattr__(self, "window", (self.window - 1, None))
+            object.__setattr__(self, "window", (width - 1, None))
+        elif self.window is not None:
+            if len(self.window) != 2:
+                raise AttentionError(f"window={self.window}: give one int, or a pair (left, right)")
+            object.__setattr__(self, "window", tuple(self.window))
         if self.prefix is not None and not self.causal:
             raise AttentionError("prefix= widens a causal mask: give causal=True with it")
 

@@ -48,7 +48,7 @@ def test_function_equals_array(function, tables, impl: str) -> None:
     def by_array(tables: jax.Array) -> jax.Array:
         return jnp.sum(attention(q, k, v, bias=function(tables, heads, queries, keys), impl=impl) ** 3)
 
-    for a, b in zip(*(jax.value_and_grad(f)(tables) for f in (by_function, by_array)), strict=True):
+    for a, b in zip(*(jax.jit(jax.value_and_grad(f))(tables) for f in (by_function, by_array)), strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
 
 

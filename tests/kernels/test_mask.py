@@ -69,7 +69,8 @@ def test_packed_documents_need_their_own_blocks_only() -> None:
 
 def test_int_window_is_causal() -> None:
     q, k = np.arange(L)[:, None], np.arange(L)
-    np.testing.assert_array_equal(table(Mask(window=3))[0], (q - k >= 0) & (q - k < 3))
+    for width in (3, np.int64(3)):
+        np.testing.assert_array_equal(table(Mask(window=width))[0], (q - k >= 0) & (q - k < 3))
 
 
 def test_a_mask_passes_through_jit_and_equal_ones_share_a_compilation() -> None:
@@ -97,6 +98,7 @@ def test_a_mask_passes_through_jit_and_equal_ones_share_a_compilation() -> None:
     ("make", "message"),
     [
         (lambda: Mask(window=0), "window=0"),
+        (lambda: Mask(window=(1, 2, 3)), r"window=\(1, 2, 3\): give one int, or a pair"),
         (lambda: Mask(prefix=3), "causal=True"),
         (
             lambda: Mask(segments=np.zeros((B, L), int)) & Mask(segments=np.ones((B, L), int)),

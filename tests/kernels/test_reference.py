@@ -158,6 +158,7 @@ def test_gradients_by_finite_differences():
         q, k, v = (x.astype(np.float64) for x in arrays(queries=S))
         table, sinks = rng.normal(size=(N, 2 * S)), rng.normal(size=N)
 
+        @jax.jit
         def run(q, k, v, table, sinks):
             bias = Bias(lambda table, head, query, key: table[head, query - key + S], table)
             mask = Mask(causal=True, lengths=np.array([S, 3]), window=(None, -1))
