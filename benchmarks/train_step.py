@@ -11,6 +11,7 @@ zoo includes compilation. benchmarks/notes/train_step.md says what bounds it.
 
 import argparse
 import dataclasses
+import datetime
 import json
 import os
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 TORCH = Path(__file__).with_name("torch_gpt2.py")
@@ -66,7 +68,10 @@ def compare(options: argparse.Namespace, dtype: str) -> dict[str, dict[str, obje
     commands = {"zoo": [sys.executable, "-m", "benchmarks.train_step", "--serve", *shape]}
     if options.torch_python:
         commands["torch"] = [options.torch_python, str(TORCH), *shape, "--threads", str(options.threads)]
-    sides = [Side(name, command, {"JAX_PLATFORMS": "cpu"}) for name, command in commands.items()]
+    environment = {"JAX_PLATFORMS": "cpu"}
+    if options.huge_pages:
+        environment["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+    sides = [Side(name, command, environment) for name, command in commands.items()]
     try:
         for _ in range(options.rounds + 1):
             for side in sides:
@@ -156,6 +161,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="steps of each turn")
     parser.add_argument("--rounds", type=int, default=5, help="turns after the first, which warms up")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of torch; zoo takes all cores")
+    parser.add_argument("--huge-pages", action="store_true", help="ask glibc for huge pages, on both sides")
     parser.add_argument("--save", action="store_true", help=f"add the result to {RESULTS.name}")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -168,7 +174,9 @@ def main() -> None:
         if options.save:
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as file:
-                file.write(json.dumps({"dtype": dtype, "cores": os.cpu_count()} | results) + "\n")
+                setting = {"dtype": dtype, "cores": os.cpu_count(), "huge_pages": options.huge_pages}
+                setting |= {"jax": version("jax"), "date": datetime.date.today().isoformat()}
+                file.write(json.dumps(setting | results) + "\n")
 
 
 if __name__ == "__main__":

@@ -71,6 +71,8 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nano", "--preset"], "--preset needs the name"),
         (["train", "gpt-nano", "--mesh", "dat=2"], "mesh axis 'dat' is unknown"),
         (["train", "gpt-nano", "--mesh", "data=3"], "needs 3 devices and there are 8"),
+        (["train", "ddpm-digits", "--sampler.steps", "2000"], "2000 sampling steps are not in the model's 1 to 1000"),
+        (["train", "gpt-nano", "--sampler.top-p", "2"], "top_p 2.0 is not within 0"),
         (["train", "gpt-nano", "--simulate-devices", "3", "--simulate-hosts", "2"], "does not divide"),
         (["sample", "--prompt", "x"], "name a run"),
         (["eval", "runs/none"], "runs/none is not a run"),

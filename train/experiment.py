@@ -111,6 +111,10 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """A frozen dataclass: what a trained model shows, and its command-line options for `zoo sample`."""
 
+    def check(self, model: Any) -> None:
+        """Raises where a model of this config cannot be drawn from; called before training, so that no run ends so."""
+        ...
+
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:

@@ -67,17 +67,18 @@ def chunked_sums(
     sums: Callable[[jax.Array, Batch], tuple[jax.Array, Sums]],
     hidden: jax.Array,
     batch: Batch,
-    chunks: int,
+    chunk: int,
 ) -> tuple[jax.Array, Sums]:
-    """`sums(head(hidden), batch)` with the logits of one chunk alive at a time, forward and backward.
+    """`sums(head(hidden), batch)` with the logits of `chunk` positions alive at a time, forward and backward.
 
-    hidden [B, T, D], arrays of batch [B, T]; T must be a multiple of `chunks`. A chunk's gradients are computed with
+    hidden [B, T, D], arrays of batch [B, T]; T must be a multiple of `chunk`. A chunk's gradients are computed with
     its loss, so that nothing is recomputed: the total is a scalar, its cotangent only scales them.
-    Chunk j holds the positions congruent to j modulo `chunks`, which leaves rows and positions where they are sharded.
+    Of n chunks, j holds the positions congruent to j modulo n, which leaves rows and positions where they are sharded.
     """
+    chunks = hidden.shape[1] // chunk
 
     def cut(x: jax.Array) -> jax.Array:
-        x = x.reshape(x.shape[0], x.shape[1] // chunks, chunks, *x.shape[2:])
+        x = x.reshape(x.shape[0], chunk, chunks, *x.shape[2:])
         return jnp.moveaxis(x, 2, 0)
 
     pieces, cut_batch = cut(hidden), {name: cut(x) for name, x in batch.items()}
@@ -113,19 +114,19 @@ def chunked_sums(
 class NextToken:
     """Cross entropy of the next token, over batches of tokens, targets, segments, positions, weights, bytes [B, T].
 
-    chunks: into how many parts the length is cut for the product with the vocabulary, so that the logits [B, T, V]
-    are never held at once; for large vocabularies. Gradients of the head are summed over chunks in float32, and reduced
-    across devices once a chunk.
+    chunk: how many positions are scored against the vocabulary at a time, so that the logits [B, T, V] are never held
+    at once; None scores all. For large vocabularies. Gradients of the head are summed over chunks in float32, and
+    reduced across devices once a chunk.
     """
 
     label_smoothing: float = 0.0
     z_loss: float = 0.0
-    chunks: int = 1
+    chunk: int | None = None
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         length = batch["tokens"].shape[1]
-        if self.chunks < 1 or length % self.chunks:
-            raise UserError(f"--objective.chunks {self.chunks} does not divide the length {length}: choose a divisor")
+        if self.chunk is not None and (self.chunk < 1 or length % self.chunk):
+            raise UserError(f"--objective.chunk {self.chunk} does not divide the length {length}: choose a divisor")
         hidden = model.hidden(batch["tokens"], positions=batch["positions"], segments=batch["segments"], key=key)
 
         def sums(logits: jax.Array, batch: Batch) -> tuple[jax.Array, Sums]:
@@ -134,10 +135,10 @@ class NextToken:
             return cross_entropy(logits, batch["targets"], batch["weights"], smoothing, z_loss)
 
         parts = {name: batch[name] for name in ("targets", "weights")}
-        if self.chunks == 1:
+        if self.chunk is None:
             total, metrics = sums(model.logits(hidden), parts)
         else:
-            total, metrics = chunked_sums(model.logits, sums, hidden, parts, self.chunks)
+            total, metrics = chunked_sums(model.logits, sums, hidden, parts, self.chunk)
         metrics["bytes"] = jnp.sum(batch["weights"] * batch["bytes"])
         return Loss(total, jnp.sum(batch["weights"]), metrics)
 

@@ -51,7 +51,8 @@ def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformationExtraA
     """The transformation of gradients for a run of `steps` steps; its moments are laid out as their parameters.
 
     `update(gradient, state, params, good=good)` gives zero updates and the state as it was where `good`, [] bool, does
-    not hold. Decay is decoupled (Loshchilov & Hutter 2019), also where optax's optimizer of that name has none.
+    not hold; norm= is the gradient's, where it is known. Decay is decoupled (Loshchilov & Hutter 2019), also where
+    optax's optimizer of that name has none.
     Raises UserError on an unknown optimizer or schedule, or a moment_dtype that the optimizer has no use for.
     """
     rate = schedule(optimizer, steps)
@@ -64,14 +65,30 @@ def make(optimizer: Optimizer, steps: int) -> optax.GradientTransformationExtraA
 
 
 def clipped(limit: float) -> optax.GradientTransformation:
-    """optax.clip_by_global_norm as one factor, which fuses into every reader; its quotients do not on CPUs."""
+    """optax.clip_by_global_norm as one factor, which fuses into every reader; its quotients do not on CPUs.
 
-    def update(updates: Any, state: Any, params: Any, **_: Any) -> tuple[Any, Any]:
-        norm = optax.tree.norm(updates)
+    `norm`, of the updates, is taken here where it is not given.
+    """
+
+    def update(updates: Any, state: Any, params: Any, *, norm: jax.Array | None = None, **_: Any) -> tuple[Any, Any]:
+        norm = global_norm(updates) if norm is None else norm
         factor = limit / jnp.maximum(norm, limit)
         return jax.tree.map(lambda g: factor * g, updates), state
 
     return transformation(lambda _: optax.EmptyState(), update)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """The Euclidean norm of all arrays of a tree, [] float32.
+
+    Products of arrays with themselves: XLA's CPU compiler would write out the squares before it sums them.
+    """
+
+    def square(x: jax.Array) -> jax.Array:
+        axes = tuple(range(x.ndim))
+        return jax.lax.dot_general(x, x, ((axes, axes), ((), ())), precision="highest")
+
+    return jnp.sqrt(sum(square(x.astype(jnp.float32)) for x in jax.tree.leaves(tree)))
 
 
 def guarded(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.diffusion import samplers, schedules
-from zoo.generation import generate
+from zoo.generation import Sampling, generate
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.experiment import UserError
@@ -34,10 +34,17 @@ class TextSampler:
     top_k: int | None = None
     top_p: float | None = None
 
+    def check(self, model: Any) -> None:
+        """`model`: a config with `vocab_size`. Raises UserError, or GenerationError, where it cannot be drawn from."""
+        if min(self.samples, self.tokens) < 1:
+            raise UserError(f"{self.samples} samples of {self.tokens} tokens are none: choose both from 1")
+        Sampling(self.temperature, self.top_k, self.top_p).check(model.vocab_size)
+
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:
         """The texts, prompts included, parted by lines of dashes. A single one is also emitted while it is made."""
+        self.check(model.config)
         tokenizer = data.load_tokenizer()
         prompt = [tokenizer.end_of_text, *map(int, tokenizer.encode([self.prompt])[0])]
         stream = TextStream(tokenizer.decode, emit) if emit is not None and self.samples == 1 else None
@@ -97,6 +104,13 @@ class ImageSampler:
     eta: float = 0.0
     scale: int | None = None
 
+    def check(self, model: Any) -> None:
+        """`model`: a config with `timesteps`. Raises UserError where it cannot be drawn from in this way."""
+        if not 1 <= self.steps <= model.timesteps:
+            raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {model.timesteps}: choose one")
+        if self.rows < 1 or self.columns < 1:
+            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose both sides from 1")
+
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:
@@ -110,12 +124,8 @@ class ImageSampler:
 
     def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
-        timesteps = model.config.timesteps
-        if not 1 <= self.steps <= timesteps:
-            raise UserError(f"--sampler.steps {self.steps} is not in the model's 1 to {timesteps}: choose one of these")
-        if self.rows < 1 or self.columns < 1:
-            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose both sides from 1")
-        schedule = schedules.make(model.config.schedule, timesteps)
+        self.check(model.config)
+        schedule = schedules.make(model.config.schedule, model.config.timesteps)
         method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
 
         @jax.jit

@@ -54,6 +54,7 @@ def start(experiment: AnyExperiment, placement: Placement) -> Session:
     check_batch(experiment, mesh)
     on_first(experiment.data.prepare)
     fitted = dataclasses.replace(experiment, model=experiment.data.fit(experiment.model))
+    fitted.sampler.check(fitted.model)
     return Session(with_compute(fitted, mesh), mesh)
 
 

@@ -21,6 +21,9 @@ from zoo.train.experiment import Batch, Experiment, Loss, UserError
 
 AnyExperiment = Experiment[Any, Any, Any, Any]
 
+# XLA's CPU compiler would otherwise convert the weights of all layers to bfloat16 before the loop over them.
+_CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
+
 
 class Metrics(NamedTuple):
     """Figures of one step, each [] and alike on every host.
@@ -145,10 +148,10 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         sums, loss = accumulated(experiment, state.model, batch, key, layout.model)
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
         gradient = jax.tree.map(lambda g: g * share, sums)
-        norm = optax.tree.norm(gradient)
+        norm = share * optimizers.global_norm(sums)
         good = jnp.isfinite(norm) & jnp.isfinite(loss.total)
 
-        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model, good=good)
+        updates, opt_state = optimizer.update(gradient, state.opt_state, state.model, good=good, norm=norm)
         model = optax.apply_updates(state.model, updates)
         ema = averaged(experiment.ema, state.ema, model, state.step - state.skipped)
         ema = jax.tree.map(lambda new, old: jnp.where(good, new, old), ema, state.ema)
@@ -168,6 +171,7 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, replicated),
         donate_argnums=0,
+        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
     )
 
 

@@ -33,6 +33,14 @@ def test_values_and_gradients_follow_the_formula(activation, gated) -> None:
         np.testing.assert_allclose(getattr(gradient, name).kernel[...], value, rtol=1e-4, atol=1e-4)
 
 
+def test_gelu_tanh_and_its_slopes_are_those_of_jax() -> None:
+    x = jnp.linspace(-12, 12, 97)
+    ours, theirs = ACTIVATIONS["gelu_tanh"], jax.nn.gelu
+    for _ in range(3):
+        np.testing.assert_allclose(jax.vmap(ours)(x), jax.vmap(theirs)(x), rtol=1e-5, atol=2e-6)
+        ours, theirs = jax.grad(ours), jax.grad(theirs)
+
+
 def test_the_backward_pass_keeps_each_wide_array_once() -> None:
     for gated, kept in ((False, 1), (True, 2)):
         _, pull = jax.vjp(lambda model: model(X), wide(gated))

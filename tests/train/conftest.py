@@ -106,6 +106,8 @@ class TinyData:
 class TinySampler:
     text: str = "a sample"
 
+    def check(self, model: Any) -> None: ...
+
     def sample(self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Any = None) -> str:
         return self.text
 

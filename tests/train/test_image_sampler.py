@@ -58,7 +58,7 @@ def test_draws_follow_the_key() -> None:
 
 
 def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
-    with pytest.raises(UserError, match=r"--sampler.steps 101 is not in the model's 1 to 100"):
-        ImageSampler(steps=101).draw(Points(), (4, 4, 1), jax.random.key(0))
+    with pytest.raises(UserError, match="101 sampling steps are not in the model's 1 to 100"):
+        ImageSampler(steps=101).check(Points().config)
     with pytest.raises(UserError, match="a grid of 0 x 8 images is empty"):
-        ImageSampler(rows=0).draw(Points(), (4, 4, 1), jax.random.key(0))
+        ImageSampler(rows=0).check(Points().config)

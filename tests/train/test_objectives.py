@@ -61,8 +61,8 @@ def test_extreme_logits_stay_finite():
     np.testing.assert_allclose(grad, [[2.0, -2.0, 0.0]])
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4, 8])
-def test_chunked_equals_plain(chunks: int):
+@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
+def test_chunked_equals_plain(chunk: int):
     keys = jax.random.split(jax.random.key(0), 4)
     hidden, head = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
     batch = {"t": jax.random.randint(keys[2], (B, T), 0, V), "w": jax.random.uniform(keys[3], (B, T))}
@@ -74,7 +74,7 @@ def test_chunked_equals_plain(chunks: int):
         return sums(hidden @ head["kernel"], batch)
 
     def chunked(head, hidden):
-        return chunked_sums(lambda x: x @ head["kernel"], sums, hidden, batch, chunks)
+        return chunked_sums(lambda x: x @ head["kernel"], sums, hidden, batch, chunk)
 
     def scaled(f):  # a cotangent other than 1
         return lambda *x: (lambda out: (2.5 * out[0], out))(f(*x))
@@ -90,19 +90,19 @@ def test_chunks_bound_memory():
     """Eight chunks of [B, T, V] take less than a third of the whole's temporaries."""
     rows, length, width, vocab = 4, 128, 16, 4096
 
-    def temporaries(chunks: int) -> int:
+    def temporaries(chunk: int) -> int:
         def total(head, hidden, targets):
             batch = {"t": targets}
             sums = lambda logits, b: cross_entropy(logits, b["t"], jnp.ones(b["t"].shape))  # noqa: E731
-            if chunks == 1:
+            if chunk == length:
                 return sums(hidden @ head, batch)[0]
-            return chunked_sums(lambda x: x @ head, sums, hidden, batch, chunks)[0]
+            return chunked_sums(lambda x: x @ head, sums, hidden, batch, chunk)[0]
 
         shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((width, vocab), (rows, length, width))]
         targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
         return jax.jit(jax.grad(total, (0, 1))).lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(8) < temporaries(1) / 3
+    assert temporaries(length // 8) < temporaries(length) / 3
 
 
 class Constant:
@@ -149,8 +149,8 @@ def test_evaluation_measures_the_likelihood_alone():
 
 
 def test_chunks_must_divide_the_length():
-    with pytest.raises(UserError, match=r"--objective.chunks 3 does not divide the length 4"):
-        NextToken(chunks=3).loss(Constant(np.zeros(8)), a_batch(), None)
+    with pytest.raises(UserError, match=r"--objective.chunk 3 does not divide the length 4"):
+        NextToken(chunk=3).loss(Constant(np.zeros(8)), a_batch(), None)
 
 
 class Denoiser:

@@ -154,7 +154,7 @@ def test_sharded_equals_one_device(tiny):
         "gpt",
         model,
         tiny.data,
-        NextToken(z_loss=1e-4, label_smoothing=0.1, chunks=2),
+        NextToken(z_loss=1e-4, label_smoothing=0.1, chunk=4),
         tiny.sampler,
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
         steps=20,

@@ -31,9 +31,9 @@ def recipe(name: str, title: str, learning_rate: float, accumulate: int) -> Call
     def build() -> GPT2:
         return Experiment(
             name=name,
-            model=replace(PRESETS[name], remat="none" if accumulate == 4 else "attention"),
+            model=replace(PRESETS[name], remat="products" if accumulate == 4 else "attention"),
             data=TextData(source="wiki40b/en:1.3.0", length=1024, train_bpe=50257),
-            objective=NextToken(chunks=8),
+            objective=NextToken(chunk=128),
             sampler=TextSampler(),
             optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=700),
             steps=20_000,

@@ -1,5 +1,6 @@
 """Position-wise feed-forward networks, plain and gated."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,9 +12,28 @@ from zoo.layers.dropout import dropout
 from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
 from zoo.sharding import constrain
 
+SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
+
+
+@jax.custom_jvp
+def gelu_tanh(x: jax.Array) -> jax.Array:
+    """x (1 + tanh z) / 2, written x sigmoid(2 z), with z = sqrt(2 / pi) (x + 0.044715 x^3) (Hendrycks, Gimpel 2016)."""
+    return x * jax.nn.sigmoid(2 * SQRT_2_OVER_PI * (x + 0.044715 * x**3))
+
+
+@gelu_tanh.defjvp
+def _gelu_tanh_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[jax.Array, jax.Array]:
+    # The slope shares nothing with the value: XLA's CPU compiler would write what they share as float32, and read it
+    # transposed for the gradient of the next kernel, at three times the cost of computing it twice.
+    (x,) = primals
+    t = jnp.tanh(SQRT_2_OVER_PI * (x + 0.044715 * x**3))
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * SQRT_2_OVER_PI * (1 + 3 * 0.044715 * x**2)
+    return gelu_tanh(x), slope * tangents[0]
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
 }
