@@ -64,6 +64,7 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nan"], "unknown recipe 'gpt-nan': did you mean gpt-nano?"),
         (["train", "gpt-nano", "--stesp", "3"], "unknown flag --stesp: did you mean --steps?"),
         (["train", "gpt-nano", "--num-layers=3"], "did you mean --model.num-layers?"),
+        (["train", "gpt-nano", "--optimizer.lr", "1"], "did you mean --optimizer.learning-rate?"),
         (["train", "gpt-nano", "--steps", "many"], "--steps: invalid literal for int() with base 10: 'many'"),
         (["train", "gpt-nano", "--steps"], "missing value for argument '--steps'"),
         (["train", "gpt-nano", "--tensorboard", "yes"], "unexpected 'yes'"),
@@ -82,6 +83,14 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
 )
 def test_a_mistake_is_one_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert words in mistake(capsys, *arguments)
+
+
+@pytest.mark.parametrize("flags", [("--optimizer.name", "adamx"), ("--objective.chunk", "7"), ("--mesh", "tensor=8")])
+def test_a_run_that_cannot_start_leaves_no_folder(
+    flags: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mistake(capsys, "train", "gpt-nano", *TINY, *flags, "--run", str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_debug_shows_where(capsys: pytest.CaptureFixture[str]) -> None:

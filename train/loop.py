@@ -41,16 +41,27 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
     session = sessions.start(experiment, placement)
     data = session.dataset("train")
     tokenizer = sessions.tokenizer_file(experiment.data)
+    # Traced before anything is written: what does not fit together leaves no folder behind.
+    lowered = lower(session, data)
     processes.on_first(lambda: run_folder.create(folder, experiment, session.experiment.model, data.info, tokenizer))
     show = display(experiment.steps, experiment.data.unit, quiet=not processes.is_first())
     with closing(show), closing(Trainer(session, data, folder, show)) as trainer:
         announce(session, data, folder, show)
-        step, state, start = trainer.prepare()
+        step, state, start = trainer.prepare(lowered)
         trainer.track(start, tensorboard=placement.tensorboard)
         state = trainer.train(step, state, start)
         figures = trainer.latest or trainer.evaluate(state)
         ending.conclude(session, experiment, folder, state.best, figures, trainer.meter, show)
         return state
+
+
+def lower(session: Session, data: Dataset) -> jax.stages.Lowered:
+    """The training step, traced for the session's mesh. Raises UserError, or a ValueError of ours, as `run` does."""
+    experiment, mesh = session.experiment, session.mesh
+    with sharding.use(mesh):
+        state = abstract_state(experiment, mesh)
+        batch = abstract_batch(data.batch(0, [0]), experiment.batch_size, mesh)
+        return train_step(experiment, mesh).lower(state, batch)
 
 
 def announce(session: Session, data: Dataset, folder: Path, show: Display) -> None:
@@ -78,10 +89,10 @@ class Trainer:
         self.validate = evaluator(session, session.dataset("validation"))
         self.latest: dict[str, float] | None = None
 
-    def prepare(self) -> tuple[CompiledStep, State, int]:
+    def prepare(self, lowered: jax.stages.Lowered) -> tuple[CompiledStep, State, int]:
         """The compiled step, the state to begin with, how many steps it has behind it. One is made beside the other."""
         with ThreadPoolExecutor(1) as beside:
-            compiling = beside.submit(self.compile)
+            compiling = beside.submit(self.compile, lowered)
             state, start = self.restore()
             return compiling.result(), state, start
 
@@ -123,11 +134,9 @@ class Trainer:
         self.checkpoints.wait()
         return state
 
-    def compile(self) -> CompiledStep:
-        with self.meter.losing("compile"), sharding.use(self.mesh):
-            state = abstract_state(self.experiment, self.mesh)
-            batch = abstract_batch(self.data.batch(0, [0]), self.experiment.batch_size, self.mesh)
-            return train_step(self.experiment, self.mesh).lower(state, batch).compile()
+    def compile(self, lowered: jax.stages.Lowered) -> CompiledStep:
+        with self.meter.losing("compile"):
+            return lowered.compile()
 
     def log(self, intervals: list[Interval]) -> None:
         """Records intervals of steps. Raises UserError where too many steps in a row were skipped."""

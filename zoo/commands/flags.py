@@ -89,11 +89,17 @@ def _unknown(tokens: Sequence[str], known: list[str], prog: str) -> str:
     if token is None:
         return f"unexpected {tokens[0]!r}: options are flags, a switch is --x or --no-x ({prog} --help lists all flags)"
     name = token.partition("=")[0].replace("_", "-")
-    # The last part of a dotted flag, given alone, finds its flag.
-    nearest = [flag for flag in known if flag.rpartition(".")[2] == name.lstrip("-")]
+    # The last part of a dotted flag finds its flag, and so do the first letters of its words: lr is learning-rate.
+    last = name.lstrip("-").rpartition(".")[2]
+    nearest = [flag for flag in known if last in _short_names(flag)]
     nearest = nearest or difflib.get_close_matches(name, known, n=1, cutoff=0.0)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
     return f"unknown flag {name}: {hint}({prog} --help lists all flags)"
+
+
+def _short_names(flag: str) -> tuple[str, str]:
+    last = flag.lstrip("-").rpartition(".")[2]
+    return last, "".join(word[0] for word in last.split("-"))
 
 
 def _sentence(box: str) -> str:
