@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
+import jax
 import pytest
 
 from zoo import cli
@@ -74,6 +75,18 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nano", "--mesh", "data=3"], "needs 3 devices and there are 8"),
         (["train", "ddpm-digits", "--sampler.steps", "2000"], "2000 sampling steps are not in the model's 1 to 1000"),
         (["train", "gpt-nano", "--sampler.top-p", "2"], "top_p 2.0 is not within 0"),
+        (["train", "gpt-nano", "--optimizer.clip-norm", "inf"], "--optimizer.clip-norm inf bounds nothing"),
+        (["train", "gpt-nano", "--optimizer.b2", "1"], "--optimizer.b2 1.0 is no decay"),
+        (["train", "gpt-nano", "--optimizer.learning-rate", "nan"], "--optimizer.learning-rate nan: choose a finite"),
+        (["train", "gpt-nano", "--seed=-1"], "--seed -1 is not a seed"),
+        (["train", "gpt-nano", "--keep-last", "0"], "--keep-last 0 is too small"),
+        (["train", "gpt-nano", "--name", "mine"], "--name mine: the name is the recipe's"),
+        (["train", "gpt-nano", "--model.precision.compute", "bfloat16"], "give a run --compute bfloat16"),
+        (["train", "gpt-nano", "--model.num-heads", "0"], "num_heads 0 is too small"),
+        (["train", "gpt-nano", "--mesh", "expert=8"], "mesh axis expert=8 cuts nothing here"),
+        (["train", "gpt-nano", "--sampler.prompt", "x" * 300], "a prompt of 301 tokens leaves no room"),
+        (["train", "ddpm-digits", "--model.schedule", "sigmoid"], "noise schedule 'sigmoid' is unknown"),
+        (["train", "ddpm-digits", "--model.dropout", "1.5"], "dropout 1.5 is not a probability"),
         (["train", "gpt-nano", "--simulate-devices", "3", "--simulate-hosts", "2"], "does not divide"),
         (["sample", "--prompt", "x"], "name a run"),
         (["eval", "runs/none"], "runs/none is not a run"),
@@ -102,6 +115,14 @@ def test_a_bug_is_no_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     monkeypatch.setattr("zoo.commands.list.recipes", lambda: 1 / 0)
     assert cli.main(["list"]) == 1
     assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9 bytes.\nmore")
+
+    monkeypatch.setattr("zoo.commands.list.main", fail)
+    assert "Out of memory while trying to allocate 9 bytes. (raise --accumulate" in mistake(capsys, "list")
 
 
 def test_a_run_is_written_and_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,7 +171,7 @@ def test_hosts_end_at_once_on_a_mistake(tmp_path: Path) -> None:
 
 @pytest.mark.large
 def test_hosts_train_together(tmp_path: Path) -> None:
-    done = on_two_hosts("--steps", "2", "--run", str(tmp_path / "run"))
+    done = on_two_hosts("--steps", "2", "--sampler.samples", "4", "--run", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     assert "devices: 4 on 2 hosts" in done.stdout and "Gloo" not in done.stdout
 

@@ -147,7 +147,8 @@ def test_a_sharded_model_decodes_alike(greedy) -> None:
         ([], {}, "no prompts given: give at least one"),
         ([[1, 150]], {}, "prompt 0 has token 150: the vocabulary is 0 to 149"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0 is below 1: ask for at least one"),
-        ([[1]], {"temperature": -1.0}, "temperature -1.0 is negative: 0 is greedy, 1 the model's distribution"),
+        ([[1]], {"temperature": -1.0}, "temperature -1.0 is no finite number from 0: 0 is greedy, "
+         "1 the model's distribution"),
         ([[1]], {"temperature": 1.0}, "temperature 1.0 draws at random: give a key, or temperature 0"),
         ([[1]], {"top_k": 151}, "top_k 151 is not within 1 and the vocabulary's size 150"),
         ([[1]], {"top_p": 0.0}, "top_p 0.0 is not within 0 (excluded) and 1"),

@@ -84,6 +84,8 @@ def flags(experiment: Any, default: Any, prefix: str = "--") -> list[str]:
         elif value != usual:
             if isinstance(value, bool):
                 found.append(f"{prefix}{'' if value else 'no-'}{name}")
+            elif str(value).startswith("-"):
+                found.append(f"{prefix}{name}={value}")
             else:
                 found += [f"{prefix}{name}", *map(str, value if isinstance(value, tuple) else [value])]
     return found

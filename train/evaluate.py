@@ -1,5 +1,6 @@
 """Held-out figures of a model, in training and of a finished run."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -9,12 +10,13 @@ import jax
 import numpy as np
 
 from zoo import sharding
+from zoo.train import run_folder
 from zoo.train import session as sessions
 from zoo.train.data.loader import batches
 from zoo.train.experiment import Dataset, Loss, Placement
 from zoo.train.processes import on_first
 from zoo.train.session import Session
-from zoo.train.step import check_batch, eval_step
+from zoo.train.step import eval_step
 
 _AHEAD = 4  # batches
 
@@ -42,7 +44,12 @@ def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, f
 def evaluate_run(folder: Path, placement: Placement) -> tuple[dict[str, float], int]:
     """The held-out figures of a run's newest checkpoint, and its step."""
     session = sessions.reopen(folder, placement)
-    check_batch(session.experiment, session.mesh)
-    on_first(session.experiment.data.prepare)
+    experiment = session.experiment
+    on_first(experiment.data.prepare)
+    on_first(lambda: run_folder.check_data(folder, session.dataset("train").info))
+    # Micro-batches, lengthened where this mesh has more parts than they have rows.
+    rows, ways = experiment.batch_size // experiment.accumulate, sharding.batch_ways(session.mesh)
+    fitted = dataclasses.replace(experiment, batch_size=-(-rows // ways) * ways, accumulate=1)
+    session = Session(fitted, session.mesh)
     model, step = sessions.trained_model(folder, session)
     return evaluator(session, session.dataset("validation"))(model), step

@@ -111,7 +111,7 @@ class Objective(Protocol):
 class Sampler(Protocol):
     """A frozen dataclass: what a trained model shows, and its command-line options for `zoo sample`."""
 
-    def check(self, model: Any) -> None:
+    def check(self, model: Any, data: Any) -> None:
         """Raises where a model of this config cannot be drawn from; called before training, so that no run ends so."""
         ...
 
@@ -138,7 +138,7 @@ class Optimizer:
     b1: float = 0.9
     b2: float = 0.95
     clip_norm: float | None = 1.0  # of the gradient over all parameters
-    moment_dtype: str | None = None  # of the first moment; None is that of the parameters
+    moment_dtype: str | None = None  # of the first moment; None is float32 with adamw, else as optax has it
 
 
 M = TypeVar("M", bound=Any)

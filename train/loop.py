@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import jax
@@ -31,21 +31,26 @@ def run(experiment: AnyExperiment, placement: Placement) -> State:
     Devices must be ready (zoo.train.launch.start); every process of a run calls this alike. Raises UserError, or a
     ValueError of ours, for what a person can mend, and KeyboardInterrupt after a signal, with the run saved.
     """
-
-    def choose() -> str:
-        folder = placement.run or run_folder.default_folder(experiment)
-        run_folder.check(folder, experiment)
-        return str(folder)
-
-    folder = Path(processes.on_first(choose))
+    given = placement.run
+    if given is not None:
+        processes.on_first(lambda: run_folder.check(given, experiment))
     session = sessions.start(experiment, placement)
-    data = session.dataset("train")
-    tokenizer = sessions.tokenizer_file(experiment.data)
+    data, held_out = session.dataset("train"), session.dataset("validation")
     # Traced before anything is written: what does not fit together leaves no folder behind.
     lowered = lower(session, data)
-    processes.on_first(lambda: run_folder.create(folder, experiment, session.experiment.model, data.info, tokenizer))
-    show = display(experiment.steps, experiment.data.unit, quiet=not processes.is_first())
-    with closing(show), closing(Trainer(session, data, folder, show)) as trainer:
+
+    def create() -> str:
+        folder = given or run_folder.default_folder(experiment)
+        tokenizer = sessions.tokenizer_file(experiment.data)
+        run_folder.create(folder, experiment, session.experiment.model, data.info, tokenizer)
+        held.enter_context(run_folder.claimed(folder))
+        return str(folder)
+
+    with ExitStack() as held:
+        folder = Path(processes.on_first(create))
+        show = display(experiment.steps, experiment.data.unit, quiet=not processes.is_first())
+        held.enter_context(closing(show))
+        trainer = held.enter_context(closing(Trainer(session, data, held_out, folder, show)))
         announce(session, data, folder, show)
         step, state, start = trainer.prepare(lowered)
         trainer.track(start, tensorboard=placement.tensorboard)
@@ -74,7 +79,7 @@ def announce(session: Session, data: Dataset, folder: Path, show: Display) -> No
 class Trainer:
     """The steps of a session, and what happens between them."""
 
-    def __init__(self, session: Session, data: Dataset, folder: Path, show: Display):
+    def __init__(self, session: Session, data: Dataset, held_out: Dataset, folder: Path, show: Display):
         self.session, self.experiment, self.mesh = session, session.experiment, session.mesh
         self.data, self.folder, self.show = data, folder, show
         self.meter = meter(session)
@@ -86,7 +91,7 @@ class Trainer:
             keep_every=self.experiment.keep_every,
             say=show.line,
         )
-        self.validate = evaluator(session, session.dataset("validation"))
+        self.validate = evaluator(session, held_out)
         self.latest: dict[str, float] | None = None
 
     def prepare(self, lowered: jax.stages.Lowered) -> tuple[CompiledStep, State, int]:

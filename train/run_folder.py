@@ -1,10 +1,13 @@
 """Run folders: config.json, metrics.jsonl, checkpoints/ and what a run adds. Created or resumed, never replaced."""
 
+import contextlib
 import dataclasses
+import fcntl
 import json
 import time
 import types
 import typing
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,18 +58,36 @@ def create(
     """
     check(folder, experiment)
     if is_run(folder):
-        known = _read(folder)["data"]["sha256"]
-        if known != data.sha256:
-            raise UserError(
-                f"the training data of --run {folder} had SHA-256 {known[:16]} and now has {data.sha256[:16]}: "
-                "bring the old data back, or choose another folder"
-            )
+        check_data(folder, data)
         return
     folder.mkdir(parents=True, exist_ok=True)
     if tokenizer is not None:
         _write(folder / TOKENIZER, tokenizer.read_bytes())
     content = {"experiment": encode(experiment), "model": encode(model), "data": dataclasses.asdict(data)}
     _write(folder / CONFIG, json.dumps(content, indent=2).encode() + b"\n")
+
+
+def check_data(folder: Path, data: DataInfo) -> None:
+    """Raises UserError where the training data is not what the run was started with."""
+    known = _read(folder)["data"]["sha256"]
+    if known != data.sha256:
+        raise UserError(
+            f"the training data of run {folder} had SHA-256 {known[:16]} and now has {data.sha256[:16]}: "
+            "bring the old data back, or choose another folder"
+        )
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Keeps other processes from training in a run's folder; raises UserError where one does. Ends with the process."""
+    with open(folder / CONFIG, "r+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--run {folder} is being trained by another process: wait, or choose another") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -34,19 +34,24 @@ class TextSampler:
     top_k: int | None = None
     top_p: float | None = None
 
-    def check(self, model: Any) -> None:
-        """`model`: a config with `vocab_size`. Raises UserError, or GenerationError, where it cannot be drawn from."""
+    def check(self, model: Any, data: Any) -> None:
+        """`model`: a config with `vocab_size` and `max_length`. Raises UserError or GenerationError."""
         if min(self.samples, self.tokens) < 1:
             raise UserError(f"{self.samples} samples of {self.tokens} tokens are none: choose both from 1")
         Sampling(self.temperature, self.top_k, self.top_p).check(model.vocab_size)
+        length = len(self._tokens(data.load_tokenizer()))
+        if length >= model.max_length:
+            raise UserError(
+                f"a prompt of {length} tokens leaves no room in the model's {model.max_length} positions: shorten it"
+            )
 
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:
         """The texts, prompts included, parted by lines of dashes. A single one is also emitted while it is made."""
-        self.check(model.config)
+        self.check(model.config, data)
         tokenizer = data.load_tokenizer()
-        prompt = [tokenizer.end_of_text, *map(int, tokenizer.encode([self.prompt])[0])]
+        prompt = self._tokens(tokenizer)
         stream = TextStream(tokenizer.decode, emit) if emit is not None and self.samples == 1 else None
         if emit is not None and self.prompt and stream is not None:
             emit(self.prompt)
@@ -64,6 +69,9 @@ class TextSampler:
         if stream is not None:
             stream.close()
         return "\n----\n".join(self.prompt + tokenizer.decode(tokens) for tokens in made.tokens)
+
+    def _tokens(self, tokenizer: Any) -> list[int]:
+        return [tokenizer.end_of_text, *map(int, tokenizer.encode([self.prompt])[0])]
 
 
 class TextStream:
@@ -104,12 +112,14 @@ class ImageSampler:
     eta: float = 0.0
     scale: int | None = None
 
-    def check(self, model: Any) -> None:
-        """`model`: a config with `timesteps`. Raises UserError where it cannot be drawn from in this way."""
+    def check(self, model: Any, data: Any) -> None:
+        """`model`: a config with `timesteps`. Raises UserError."""
         if not 1 <= self.steps <= model.timesteps:
             raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {model.timesteps}: choose one")
         if self.rows < 1 or self.columns < 1:
             raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose both sides from 1")
+        if self.scale is not None and self.scale < 1:
+            raise UserError(f"a scale of {self.scale} pixels shows nothing: choose a whole number from 1, or None")
 
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
@@ -124,7 +134,7 @@ class ImageSampler:
 
     def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
-        self.check(model.config)
+        self.check(model.config, None)
         schedule = schedules.make(model.config.schedule, model.config.timesteps)
         method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
 

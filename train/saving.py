@@ -134,7 +134,8 @@ class Save:
             self._meet("committed")
             if not self._failure and not (self._target / manifest.NAME).exists():
                 self._failure = "process 0 did not commit it"
-        if self._failure and jax.process_index() == 0:
+        # What is committed stays, also where another process died before it knew.
+        if self._failure and jax.process_index() == 0 and not (self._target / manifest.NAME).exists():
             shutil.rmtree(self._target, ignore_errors=True)
         return self._failure
 

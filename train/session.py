@@ -11,11 +11,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from zoo import sharding
+from zoo.layers.linear import Precision
 from zoo.train import checkpoints, run_folder
 from zoo.train.experiment import DataInfo, Dataset, Placement, UserError
 from zoo.train.processes import on_first
 from zoo.train.recipes import RECIPES
-from zoo.train.step import AnyExperiment, check_batch, check_counts, with_compute
+from zoo.train.step import AnyExperiment, abstract_state, check_batch, check_numbers, with_compute
 
 
 @dataclass(frozen=True)
@@ -49,17 +50,21 @@ class Session:
 
 def start(experiment: AnyExperiment, placement: Placement) -> Session:
     """For training; prepares the data. Raises UserError, or a ValueError of ours, where parts do not fit together."""
-    check_counts(experiment)
+    check_numbers(experiment)
+    asked = experiment.model.precision.compute
+    if asked != Precision().compute:
+        raise UserError(f"--model.precision.compute {asked} is for code of your own: give a run --compute {asked}")
     mesh = sharding.make_mesh(placement.mesh)
+    sharding.check_used(mesh)
     check_batch(experiment, mesh)
     on_first(experiment.data.prepare)
     fitted = dataclasses.replace(experiment, model=experiment.data.fit(experiment.model))
-    fitted.sampler.check(fitted.model)
+    fitted.sampler.check(fitted.model, fitted.data)
     return Session(with_compute(fitted, mesh), mesh)
 
 
 def reopen(folder: Path, placement: Placement) -> Session:
-    """For using the model of a run, on any mesh; its data need not be there."""
+    """For using the model of a run, on any mesh; its texts need not be there, its images do (for their size)."""
     experiment = recorded(folder)
     mesh = sharding.make_mesh(placement.mesh)
     data = experiment.data
@@ -87,7 +92,7 @@ def recorded(folder: Path) -> AnyExperiment:
 def trained_model(folder: Path, session: Session) -> tuple[Any, int]:
     """The model to use (the average where there is one) from a run's newest intact checkpoint, and its step."""
     experiment = session.experiment
-    abstract = sharding.with_shardings(sharding.abstract(lambda: experiment.model.build(nnx.Rngs(0))), session.mesh)
+    abstract = abstract_state(experiment, session.mesh).best
     part = "model" if experiment.ema is None else "ema"
     found = checkpoints.load(folder / run_folder.CHECKPOINTS, abstract, part)
     return found.state, found.step

@@ -4,6 +4,7 @@ Call and lower what this file compiles within `zoo.sharding.use(mesh)`: the modu
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -73,15 +74,34 @@ def with_compute(experiment: AnyExperiment, mesh: Mesh) -> AnyExperiment:
     return dataclasses.replace(experiment, model=dataclasses.replace(experiment.model, precision=precision))
 
 
-def check_counts(experiment: AnyExperiment) -> None:
-    """Raises UserError where a number that counts something is below 1."""
-    names = ("steps", "batch_size", "accumulate", "max_bad_steps", "log_every", "eval_every", "checkpoint_every")
-    for name in names:
+COUNTS = (
+    *("steps", "batch_size", "accumulate", "max_bad_steps", "log_every", "eval_every", "checkpoint_every"),
+    *("keep_last", "keep_every"),
+)
+
+
+def check_numbers(experiment: AnyExperiment) -> None:
+    """Raises UserError where a count, the seed, a decay or a bound is outside what it can be."""
+    for name in COUNTS:
         count = getattr(experiment, name)
-        if count < 1:
+        if count is not None and count < 1:
             raise UserError(f"--{name.replace('_', '-')} {count} is too small: choose a whole number from 1")
-    if experiment.ema is not None and not 0 <= experiment.ema < 1:
-        raise UserError(f"--ema {experiment.ema} is no decay: choose a number from 0 to below 1")
+    if not 0 <= experiment.seed < 2**32:
+        raise UserError(f"--seed {experiment.seed} is not a seed: choose a whole number from 0 to {2**32 - 1}")
+    optimizer = experiment.optimizer
+    decays = {"ema": experiment.ema, "optimizer.b1": optimizer.b1, "optimizer.b2": optimizer.b2}
+    for name, decay in decays.items():
+        if decay is not None and not 0 <= decay < 1:
+            raise UserError(f"--{name} {decay} is no decay: choose a number from 0 to below 1")
+    clip = optimizer.clip_norm
+    if clip is not None and not 0 < clip < math.inf:
+        raise UserError(
+            f"--optimizer.clip-norm {clip} bounds nothing: choose a number above 0, or None for no clipping"
+        )
+    for name in ("learning_rate", "weight_decay", "final_fraction"):
+        value = getattr(optimizer, name)
+        if not 0 <= value < math.inf:
+            raise UserError(f"--optimizer.{name.replace('_', '-')} {value}: choose a finite number from 0")
 
 
 def check_batch(experiment: AnyExperiment, mesh: Mesh) -> None:

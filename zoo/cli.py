@@ -31,6 +31,8 @@ usage: zoo VERB ...
 To begin: zoo train gpt-nano
 """
 
+OUT_OF_MEMORY = "raise --accumulate, lower --batch-size, or shard with --mesh fsdp=N"
+
 BUG = 1
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -65,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except Exception as error:
+        if type(error).__name__ == "JaxRuntimeError" and "RESOURCE_EXHAUSTED" in str(error):
+            error = MemoryError(f"{str(error).splitlines()[0]} ({OUT_OF_MEMORY})")
         mine = not _is_for_a_person(error)
         if mine or debug:
             traceback.print_exc()
@@ -84,8 +88,8 @@ def _leave(code: int) -> int:
 
 
 def _is_for_a_person(error: Exception) -> bool:
-    """UserError, the ValueErrors of our own classes, and what the system says of files (a full disk, no permission)."""
-    if isinstance(error, OSError):
+    """UserError, ValueErrors of our own classes, what the system says of files (a full disk), and too little memory."""
+    if isinstance(error, OSError | MemoryError):
         return True
     ours = type(error).__module__.partition(".")[0] == "zoo"
     return ours and (isinstance(error, ValueError) or type(error).__name__ == "UserError")

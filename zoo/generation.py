@@ -5,6 +5,7 @@ Works with any model that has `features(tokens, cache=)`, `logits(hidden)`, `ini
 stands left-aligned and has its own length, the cache's slots behind it are overwritten as the row grows.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from zoo.sharding import constrain
 
 Callback = Callable[[int, int], None]
 
@@ -46,9 +49,9 @@ class Sampling:
 
     def check(self, vocab_size: int) -> None:
         """Raises GenerationError."""
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise GenerationError(
-                f"temperature {self.temperature} is negative: 0 is greedy, 1 the model's distribution"
+                f"temperature {self.temperature} is no finite number from 0: 0 is greedy, 1 the model's distribution"
             )
         if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
             raise GenerationError(f"top_k {self.top_k} is not within 1 and the vocabulary's size {vocab_size}")
@@ -101,7 +104,7 @@ def _prefill(
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
     state = State(tokens, lengths, jnp.zeros(batch_size, bool), cache)
-    return _append(state, model.logits(last), sampling, stop_tokens, key)
+    return _readable(_append(state, model.logits(last), sampling, stop_tokens, key))
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -120,7 +123,16 @@ def _decode(
         state = _append(state._replace(cache=cache), model.logits(hidden[:, 0]), sampling, stop_tokens, key)
         return count + 1, state
 
-    return jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1]
+    return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
+
+
+def _readable(state: State) -> State:
+    """The state with tokens whole on every device, so that every host can read them."""
+    return state._replace(
+        tokens=constrain(state.tokens, None, None),
+        lengths=constrain(state.lengths, None),
+        done=constrain(state.done, None),
+    )
 
 
 def _append(

@@ -105,6 +105,14 @@ def make_mesh(sizes: Mapping[str, int] | str | None = None, devices: Sequence[ja
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def check_used(mesh: Mesh, rules: Rules = RULES) -> None:
+    """Raises ShardingError for a mesh axis that no rule lays anything over: its devices would repeat one another."""
+    used = {axis for axes in rules.values() for axis in axes}
+    for axis, size in mesh.shape.items():
+        if size > 1 and axis not in used:
+            raise ShardingError(f"mesh axis {axis}={size} cuts nothing here: choose among {', '.join(sorted(used))}")
+
+
 def device_grid(shape: tuple[int, ...], devices: Sequence[Any]) -> np.ndarray:
     """Devices in the shape of a mesh, neighbours on the network near each other, slices outermost on `data`."""
     slices = len({getattr(device, "slice_index", 0) for device in devices})

@@ -94,3 +94,9 @@ def test_what_does_not_fit_is_refused() -> None:
         build()(random(1, 1, 2, 24), random(1, 1, 2, 24), cache=build().init_cache(1, 4))
     with pytest.raises(LayerError, match="width 25 is no multiple of num_heads 6"):
         MultiHeadAttention(25, 6, rngs=nnx.Rngs(0))
+
+
+def test_a_fresh_cache_can_be_donated() -> None:
+    attention = MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
+    cache = jax.jit(lambda cache: cache.cut(cache.lengths), donate_argnums=0)(attention.init_cache(1, 4))
+    assert cache.keys.shape == cache.values.shape == (1, 4, 2, 4)

@@ -102,4 +102,4 @@ def test_an_embedding_is_its_row_and_the_head_its_transpose() -> None:
 
 
 def test_a_token_outside_the_table_is_seen() -> None:
-    assert np.isnan(Embed(128, 4, rngs=nnx.Rngs(0))(jnp.array([128]))).all()
+    assert np.isnan(Embed(128, 4, rngs=nnx.Rngs(0))(jnp.array([-1, 128]))).all()

@@ -25,7 +25,7 @@ def test_sinusoids_of_an_odd_width_are_refused() -> None:
 def test_learned_positions_are_rows_and_one_outside_is_seen() -> None:
     table = LearnedPositions(6, 4, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(table(jnp.array([[5, 0]]))[0], table.table[...][jnp.array([5, 0])])
-    assert np.isnan(table(jnp.array([6]))).all()
+    assert np.isnan(table(jnp.array([-1, 6]))).all()
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -106,7 +106,7 @@ class TinyData:
 class TinySampler:
     text: str = "a sample"
 
-    def check(self, model: Any) -> None: ...
+    def check(self, model: Any, data: Any) -> None: ...
 
     def sample(self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Any = None) -> str:
         return self.text

@@ -59,6 +59,8 @@ def test_draws_follow_the_key() -> None:
 
 def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
     with pytest.raises(UserError, match="101 sampling steps are not in the model's 1 to 100"):
-        ImageSampler(steps=101).check(Points().config)
+        ImageSampler(steps=101).check(Points().config, DATA)
     with pytest.raises(UserError, match="a grid of 0 x 8 images is empty"):
-        ImageSampler(rows=0).check(Points().config)
+        ImageSampler(rows=0).check(Points().config, DATA)
+    with pytest.raises(UserError, match="a scale of -1 pixels"):
+        ImageSampler(scale=-1).check(Points().config, DATA)

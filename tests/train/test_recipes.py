@@ -10,7 +10,7 @@ from jax.sharding import AbstractMesh
 
 from zoo import sharding
 from zoo.train.recipes import RECIPES
-from zoo.train.step import check_batch, check_counts
+from zoo.train.step import check_batch, check_numbers
 
 MESHES = {name: re.search(r"--mesh (\S+)", inspect.getdoc(recipe) or "") for name, recipe in RECIPES.items()}
 
@@ -26,7 +26,7 @@ def test_a_recipe_says_how_it_is_run(name: str):
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_its_numbers_divide(name: str):
     experiment = RECIPES[name]()
-    check_counts(experiment)
+    check_numbers(experiment)
     assert experiment.batch_size % experiment.accumulate == 0
     assert experiment.data.example_shape[0] % getattr(experiment.objective, "chunks", 1) == 0
 

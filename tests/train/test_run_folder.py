@@ -98,3 +98,12 @@ def test_default_folders_are_new(tiny: Experiment, tmp_path: Path, monkeypatch: 
     first.mkdir(parents=True)
     assert str(first) == "runs/tiny-20300101-000000"
     assert str(run_folder.default_folder(tiny)) == "runs/tiny-20300101-000000-2"
+
+
+def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
+    (tmp_path / run_folder.CONFIG).write_text("{}")
+    again = pytest.raises(UserError, match="is being trained by another process")
+    with run_folder.claimed(tmp_path), again, run_folder.claimed(tmp_path):
+        pass
+    with run_folder.claimed(tmp_path):
+        assert (tmp_path / run_folder.CONFIG).read_text() == "{}"

@@ -21,7 +21,7 @@ from zoo.train.step import (
     abstract_batch,
     abstract_state,
     check_batch,
-    check_counts,
+    check_numbers,
     init_state,
     train_step,
     with_compute,
@@ -241,7 +241,7 @@ def test_batches_that_do_not_divide(tiny, fields: dict[str, int], message: str):
 )
 def test_counts_below_one(tiny, fields: dict[str, Any], message: str):
     with pytest.raises(UserError, match=message):
-        check_counts(dataclasses.replace(tiny, **fields))
+        check_numbers(dataclasses.replace(tiny, **fields))
 
 
 def test_unknown_compute_dtype(tiny):

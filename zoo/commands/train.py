@@ -49,7 +49,10 @@ def read(arguments: Sequence[str]) -> tuple[AnyExperiment, Placement]:
     recipe = choose("recipe", name, RECIPES)
     experiment, rest = with_preset(recipe(), rest)
     description = inspect.cleandoc(recipe.__doc__ or "")
-    return parse((experiment, Placement()), rest, prog=f"zoo train {name}", description=description)
+    parsed = parse((experiment, Placement()), rest, prog=f"zoo train {name}", description=description)
+    if parsed[0].name != name:
+        raise UserError(f"--name {parsed[0].name}: the name is the recipe's; name the folder of a run with --run")
+    return parsed
 
 
 def with_preset(experiment: AnyExperiment, arguments: list[str]) -> tuple[AnyExperiment, list[str]]:

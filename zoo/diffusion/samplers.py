@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.diffusion.losses import Denoiser
-from zoo.diffusion.schedules import Schedule, posterior, predicted_image, step_variance
+from zoo.diffusion.schedules import Schedule, ScheduleError, posterior, predicted_image, step_variance
 
 Step = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], jax.Array]
 """(x_t, predicted noise, fresh noise [B, Y, X, C], t [], s []) to x_s, where s < t is the next time of the path."""
@@ -23,7 +23,7 @@ def trailing_times(timesteps: int, steps: int) -> np.ndarray:
     The path begins where training had most noise, which other spacings miss (Lin et al. 2024, section 3.3).
     """
     if not 1 <= steps <= timesteps:
-        raise ValueError(f"sampling in {steps} steps is not possible with {timesteps}: choose 1 to {timesteps}")
+        raise ScheduleError(f"sampling in {steps} steps is not possible with {timesteps}: choose 1 to {timesteps}")
     return np.round(np.arange(steps, 0, -1) * timesteps / steps).astype(np.int32) - 1
 
 

@@ -40,6 +40,10 @@ class Schedule:
         return table[t]
 
 
+class ScheduleError(ValueError):
+    """A schedule, or a run of steps through one, that there is not; the message names the value and the mend."""
+
+
 def linear(timesteps: int = 1000, *, first: float = 1e-4, last: float = 0.02) -> Schedule:
     """Betas from `first` to `last` in even steps (Ho et al., section 4), made for 1000 of them."""
     return Schedule(np.linspace(first, last, timesteps))
@@ -56,9 +60,9 @@ SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": c
 
 
 def make(name: str, timesteps: int) -> Schedule:
-    """The schedule called `name`; raises ValueError for a name there is not."""
+    """The schedule called `name`; raises ScheduleError for a name there is not."""
     if name not in SCHEDULES:
-        raise ValueError(f"noise schedule {name!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+        raise ScheduleError(f"noise schedule {name!r} is unknown: choose one of {', '.join(SCHEDULES)}")
     return SCHEDULES[name](timesteps)
 
 

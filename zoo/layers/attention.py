@@ -142,8 +142,9 @@ class MultiHeadAttention(nnx.Module):
     def init_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache with room for `slots` keys and values a row, in the compute dtype."""
         slots_shape = (batch_size, slots, self.num_kv_heads, self.head_dim)
-        zeros = constrain(jnp.zeros(slots_shape, jnp.dtype(self.compute)), *_SLOTS)
-        return KVCache(zeros, zeros, jnp.zeros(batch_size, jnp.int32))
+        # Two arrays, so that the cache can be donated.
+        keys, values = (constrain(jnp.zeros(slots_shape, jnp.dtype(self.compute)), *_SLOTS) for _ in range(2))
+        return KVCache(keys, values, jnp.zeros(batch_size, jnp.int32))
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         return constrain(self.key(x), *_KV_HEADS), constrain(self.value(x), *_KV_HEADS)

@@ -17,6 +17,8 @@ Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
 VOCABULARY_MULTIPLE = 128
 
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
 
 class LayerError(ValueError):
     """Sizes or names that a layer cannot be built from; the message names the value and the mend."""
@@ -35,6 +37,18 @@ class Precision:
     parameters: str = "float32"
     compute: str = "float32"
     products: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("parameters", "compute"):
+            if getattr(self, name) not in DTYPES:
+                raise LayerError(f"{name} dtype {getattr(self, name)!r} is unknown: choose one of {', '.join(DTYPES)}")
+
+
+def check_sizes(**sizes: int) -> None:
+    """Raises LayerError for a size below 1, by its name."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise LayerError(f"{name} {size} is too small: choose a whole number from 1")
 
 
 def normal(stddev: float) -> Initializer:
@@ -149,10 +163,11 @@ class Embed(nnx.Module):
         self.table = nnx.Param(padded, axes=("vocab", "embed"), rows=vocab_size)
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """The vectors of tokens [...], int: [..., D] in the compute dtype. A token outside the table gives NaN."""
+        """The vectors of tokens [...], int: [..., D] in the compute dtype; NaN for one outside the padded table."""
         # Rows are looked up whole: cut along D, the result would have to change layout on its way to the batch's.
         table = constrain(self.table[...], "act_vocab", None)
-        return table.at[tokens].get(mode="fill", fill_value=jnp.nan).astype(self.precision.compute)
+        vectors = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return vectors.astype(self.precision.compute)
 
     def attend(self, x: jax.Array) -> jax.Array:
         """Logits of x [..., D] against every row: [..., V padded] float32, -inf at the rows that only pad."""

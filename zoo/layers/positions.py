@@ -29,7 +29,8 @@ class LearnedPositions(nnx.Module):
     def __call__(self, positions: jax.Array) -> jax.Array:
         """The vectors of positions [...], int: [..., D]. A position outside the table gives NaN."""
         table = constrain(self.table[...], None, None)
-        return table.at[positions].get(mode="fill", fill_value=jnp.nan).astype(self.compute)
+        vectors = table.at[positions].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        return vectors.astype(self.compute)
 
 
 def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0) -> jax.Array:

@@ -27,7 +27,7 @@ from zoo.kernels import Mask
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import Embed, Precision, normal
+from zoo.layers.linear import Embed, LayerError, Precision, check_sizes, normal
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
@@ -61,6 +61,14 @@ class GPTConfig:
     dropout: float = 0.0
     remat: str = "none"
     precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        names = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_dim", "mlp_width")
+        sizes = {name: getattr(self, name) for name in names}
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
+        if not self.windows:
+            raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
+        check_sizes(**{f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None})
 
     def build(self, rngs: nnx.Rngs) -> "GPT":
         return GPT(self, rngs=rngs)
@@ -191,7 +199,8 @@ class GPT(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
         logits = self.embed.attend(hidden)
-        return constrain(logits, "act_batch", *("act_length",) * (logits.ndim - 2), "act_vocab")
+        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
+        return constrain(logits, *leading, "act_vocab")
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache with room for `length` tokens a row."""

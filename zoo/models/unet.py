@@ -9,7 +9,7 @@ from flax import nnx
 
 from zoo.layers.convolution import Conv, GroupNorm
 from zoo.layers.dropout import split
-from zoo.layers.linear import LayerError, Precision
+from zoo.layers.linear import LayerError, Precision, check_sizes
 from zoo.layers.unet import (
     Downsample,
     ResidualBlock,
@@ -43,6 +43,20 @@ class UNetConfig:
     schedule: str = "linear"
     timesteps: int = 1000
     precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        names = ("image_channels", "width", "blocks_per_level", "num_heads", "groups", "timesteps")
+        check_sizes(**{name: getattr(self, name) for name in names})
+        check_sizes(**{f"multipliers[{i}]": multiplier for i, multiplier in enumerate(self.multipliers)})
+        if not self.multipliers:
+            raise LayerError("multipliers () make no level: give one for each level, such as (1, 2)")
+        if self.width % 2 or self.width < 4:
+            raise LayerError(f"width {self.width} has no sinusoids of time: choose an even number from 4")
+        for level in self.attention_levels:
+            if not 0 <= level < len(self.multipliers):
+                raise LayerError(
+                    f"attention_levels names {level}, and the levels are 0 to {len(self.multipliers) - 1}: choose there"
+                )
 
     def build(self, rngs: nnx.Rngs) -> "UNet":
         return UNet(self, rngs=rngs)
