@@ -1,0 +1,123 @@
+"""The benchmark suite of attention: its cases and their float64 answers, its rows, and what it calls a regression."""
+
+import csv
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import attention_history as history
+from benchmarks.attention import BUILD, Refused, chosen_cases, compiled, implementation, run_case
+from benchmarks.attention_cases import Case, cases, draw, error
+from zoo.kernels import attention
+from zoo.kernels.mask import allowed, resolve
+
+SMALL = [
+    Case("encoder", 2, 16, 16, 4, 4, 8),
+    Case("decoder", 1, 40, 40, 4, 2, 8, causal=True),
+    Case("packed", 2, 32, 32, 2, 2, 8, causal=True, document=8),
+    Case("window", 1, 48, 48, 2, 2, 8, causal=True, window=5),
+    Case("decode", 3, 1, 24, 4, 2, 8, causal=True),
+    Case("cross", 1, 8, 24, 2, 2, 8),
+]
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
+def test_work_is_that_of_the_mask(case: Case) -> None:
+    mask = resolve(case.mask(), case.batch, case.queries, case.keys)
+    table = np.broadcast_to(allowed(mask, mask.query, mask.key), (case.batch, 1, case.queries, case.keys))
+    assert case.pairs() == table[0].sum()
+    assert case.flops("both") == 12 * case.batch * case.heads * case.head_dim * case.pairs()
+
+
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
+def test_rows_are_complete_and_right(case: Case) -> None:
+    rows = run_case(case, BUILD, mode="both", dtype="float32", repeats=1, peak=1e12)
+    assert [row["implementation"] for row in rows] == list(BUILD)
+    for row in rows:
+        assert row["error"] < 1e-5 and row["wall"] > 0 and row["temporaries"] >= 0
+        assert row["of_peak"] == pytest.approx(row["flops_per_second"] / 1e12)
+
+
+def test_errors_are_seen() -> None:
+    case = SMALL[1]
+
+    def wrong(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, case.mask()) * 1.01
+
+    def run(x) -> tuple:
+        output, pull = jax.vjp(wrong, x.q, x.k, x.v)
+        return output, pull(x.gradient)
+
+    assert error(case, draw(case, "float32"), run) > 5e-3
+
+
+@pytest.mark.parametrize("mode", ["forward", "residuals", "backward"])
+def test_every_mode_runs(mode: str) -> None:
+    program = compiled(BUILD["chunked"](SMALL[0]), mode, draw(SMALL[0], "bfloat16"))
+    leaves = jax.tree.leaves(program.run())
+    assert len(leaves) == {"forward": 1, "backward": 3}.get(mode, len(leaves)) and all(
+        jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.floating)
+    )
+
+
+def test_what_cannot_run_is_a_row_with_the_reason() -> None:
+    def build(case: Case):
+        raise Refused("no such size")
+
+    first, second = run_case(SMALL[0], {"mine": build, "xla": BUILD["xla"]}, mode="forward", repeats=1)
+    assert first["refused"] == "no such size" and "wall" not in first
+    assert "refused" not in second
+
+
+def test_the_readme_adds_an_implementation() -> None:
+    page = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict = {}
+    exec(example, names)
+    for case in SMALL[2], SMALL[5]:
+        (row,) = run_case(case, {"mine": names["build"]}, dtype="float32", repeats=1)
+        assert row["error"] < 1e-5
+    (row,) = run_case(SMALL[3], {"mine": names["build"]}, repeats=1)
+    assert row["refused"] == "it knows no window"
+
+
+def test_the_report_is_written(tmp_path: Path) -> None:
+    rows = run_case(Case("long", 1, 32, 32, 2, 2, 8, causal=True), BUILD, mode="forward", repeats=1)
+    rows.append({**rows[0], "refused": "too <long>"})
+    history.append(tmp_path, [row | {"commit": "abc"} for row in rows])
+    assert history.base("ab", tmp_path)[0]["case"] == "long/32"
+    assert {path.name for path in tmp_path.iterdir()} | set(history.write_report(tmp_path, rows)) == {
+        path.name for path in tmp_path.iterdir()
+    }
+    with (tmp_path / "table.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(rows)
+    assert "too &lt;long&gt;" in (tmp_path / "report.html").read_text()
+    with pytest.raises(SystemExit, match="no such file, and no such commit"):
+        history.base("zzz", tmp_path)
+
+
+def test_deterministic_figures_alone_are_gated(capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"case": "a/1", "mode": "both", "dtype": "float32", "implementation": "x", "wall": 1.0}
+    row |= {"temporaries": 1000, "error": 1e-7}
+    assert history.compare([row], [row | {"wall": 9.0}]) == []
+    assert "9.00  a/1 both float32 x" in capsys.readouterr().out
+    assert "temporaries 1000 -> 1100" in history.compare([row], [row | {"temporaries": 1100}])[0]
+    assert "error" in history.compare([row], [row | {"error": 1e-3}])[0]
+    refused = {name: row[name] for name in history.KEY} | {"refused": "why"}
+    assert history.compare([row], [refused]) == ["a/1 both float32 x: ran, and is refused now: why"]
+    assert history.compare([refused], [row]) == []
+
+
+def test_names_are_checked() -> None:
+    assert {case.family for case in chosen_cases(["long"], 2048)} == {"long"}
+    assert max(case.keys for case in cases(2048)) == 2048
+    with pytest.raises(SystemExit, match="case 'lung' is unknown: choose among"):
+        chosen_cases(["lung"], 2048)
+    with pytest.raises(SystemExit, match="implementation 'chunky' is unknown: choose"):
+        implementation("chunky")
+    with pytest.raises(SystemExit, match="cannot be imported"):
+        implementation("no_such_module:build")
