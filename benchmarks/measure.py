@@ -22,11 +22,16 @@ class Times(NamedTuple):
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
-    """Times of each run, in turns, so that whatever else the machine does falls on all. The first turn warms."""
+    """Times of each run, in turns, so that whatever else the machine does falls on all.
+
+    The first turn warms. In each turn a run is first made unseen: it finds the memory that the one before gives back
+    late, which cost up to 0.1 s after a large one.
+    """
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
         for name, run in runs.items():
+            jax.block_until_ready(run())
             start, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())
             if turn:

@@ -23,8 +23,8 @@ from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
 from zoo.kernels.memory import from_bits, named, to_bits
 from zoo.kernels.problem import AttentionOutput, Problem, grouped, varying_axes, varying_over
 
-CPU_BLOCK_BYTES = 2**21
-"""Scores of one block on a CPU, where they stay in its cache: 128 square at 24 heads, 256 at 8, were the fastest."""
+CPU_BLOCK_BYTES = 2**22
+"""Scores of one block on a CPU, where they stay in its cache."""
 
 BLOCK_BYTES = 2**27
 """Scores of one block elsewhere: few, large steps of the loops."""
@@ -60,17 +60,31 @@ def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Proble
 
     if blocks is not None:
         return at(blocks)(problem, *arguments)
-    on_cpu, elsewhere = (_square(problem, limit) for limit in (CPU_BLOCK_BYTES, BLOCK_BYTES))
-    if min(on_cpu[0], max(problem.shape[1:3])) == min(elsewhere[0], max(problem.shape[1:3])):
+    on_cpu, elsewhere = _cpu_blocks(problem), _square_blocks(problem)
+    if max(problem.shape.queries, problem.shape.keys) <= min(on_cpu + elsewhere):
         return at(on_cpu)(problem, *arguments)
     return jax.lax.platform_dependent(problem, *arguments, cpu=at(on_cpu), default=at(elsewhere))
 
 
-def _square(problem: Problem, limit: int) -> Blocks:
-    """The largest power of two from 64 to 512 with which a block's scores of all rows and heads are within limit."""
-    rows = problem.shape.batch * problem.shape.heads * problem.dtype.itemsize
-    size = next((size for size in (512, 256, 128) if rows * size * size <= limit), 64)
+def _score_bytes(problem: Problem) -> int:
+    """Of one query and key, over all rows and heads."""
+    return problem.shape.batch * problem.shape.heads * problem.dtype.itemsize
+
+
+def _square_blocks(problem: Problem) -> Blocks:
+    size = next((size for size in (512, 256, 128) if _score_bytes(problem) * size**2 <= BLOCK_BYTES), 64)
     return size, size
+
+
+def _cpu_blocks(problem: Problem) -> Blocks:
+    """Twice as many queries as keys, within the limit; square where that fits half of it.
+
+    Of eight sizes tried, the fastest for 1 x 8 heads of 64 at 4096 (512 x 256: 1.5 times 256 x 256), 1 x 32 of 128 at
+    2048, 4 x 12 of 64 at 1024 and 2 x 12 at 512. Short sequences take small blocks: half of a causal diagonal is waste.
+    """
+    score, most = _score_bytes(problem), max(128, problem.shape.queries // 4)
+    t = next((t for t in (512, 256, 128) if t <= most and score * t * t // 2 <= CPU_BLOCK_BYTES), 64)
+    return t, t if 2 * score * t * t <= CPU_BLOCK_BYTES else max(64, t // 2)
 
 
 def _block(length: int, limit: int) -> int:
