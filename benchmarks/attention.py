@@ -64,10 +64,14 @@ BUILD: dict[str, Build] = {"xla": zoo_build("xla"), "chunked": zoo_build("chunke
 class Program:
     """A compiled program with its arguments, and what compiling told."""
 
-    run: Callable[[], Any]
+    function: Callable[..., Any]
+    arguments: tuple
     compile_seconds: float
     temporaries: int | None
     memory: int | None
+
+    def run(self) -> Any:
+        return self.function(*self.arguments)
 
 
 def compiled(attend: Attend, mode: str, arrays: Arrays) -> Program:
@@ -76,26 +80,26 @@ def compiled(attend: Attend, mode: str, arrays: Arrays) -> Program:
     def with_residuals(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         return jax.vjp(attend, q, k, v)
 
-    def both(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple:
-        output, pull = with_residuals(q, k, v)
-        return output, pull(gradient)
+    def both(arrays: Arrays) -> tuple:
+        output, pull = with_residuals(*arrays[:3])
+        return output, pull(arrays.gradient)
 
-    q, k, v, gradient = arrays
     function, arguments = {
-        "forward": (attend, (q, k, v)),
-        "residuals": (with_residuals, (q, k, v)),
-        "backward": (lambda pull, gradient: pull(gradient), None),
-        "both": (both, (q, k, v, gradient)),
-    }[mode]
-    if arguments is None:
-        arguments = (jax.jit(with_residuals)(q, k, v)[1], gradient)
+        "forward": lambda: (attend, arrays[:3]),
+        "residuals": lambda: (with_residuals, arrays[:3]),
+        "backward": lambda: (
+            lambda pull, gradient: pull(gradient),
+            (jax.jit(with_residuals)(*arrays[:3])[1], arrays.gradient),
+        ),
+        "both": lambda: (both, (arrays,)),
+    }[mode]()
     start = time.perf_counter()
     program = jax.jit(cast(Any, function)).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     temporaries = None if memory is None else memory.temp_size_in_bytes
     sizes = () if memory is None else (memory.argument_size_in_bytes, memory.output_size_in_bytes, temporaries)
-    return Program(lambda: program(*arguments), seconds, temporaries, sum(sizes) if sizes else None)
+    return Program(program, arguments, seconds, temporaries, sum(sizes) if sizes else None)
 
 
 def run_case(
@@ -118,9 +122,8 @@ def run_case(
         rows[name] = {"case": case.name, "family": case.family, "length": case.keys, "mode": mode, "dtype": dtype}
         rows[name]["implementation"] = name
         try:
-            attend = build(case)
-            programs[name] = program = compiled(attend, mode, arrays)
-            wrong = error(case, arrays, jax.jit(lambda x, f=attend: _answer(f, x))) if mode == "both" else None
+            programs[name] = program = compiled(build(case), mode, arrays)
+            wrong = error(case, arrays, program.function) if mode == "both" else None
         except (Refused, AttentionError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as problem:
             programs.pop(name, None)
             rows[name]["refused"] = str(problem).splitlines()[0]
@@ -137,11 +140,6 @@ def run_case(
         rows[name] |= {"wall": times.wall, "cpu": times.cpu, "flops_per_second": rate}
         rows[name]["of_peak"] = None if peak is None else rate / peak
     return list(rows.values())
-
-
-def _answer(attend: Attend, arrays: Arrays) -> tuple[jax.Array, tuple]:
-    output, pull = jax.vjp(attend, arrays.q, arrays.k, arrays.v)
-    return output, pull(arrays.gradient)
 
 
 def implementation(name: str) -> Build:

@@ -13,8 +13,6 @@ import numpy as np
 
 from zoo.kernels import Mask
 
-Pattern = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
 CHECKED_ROWS = 32
 
 
