@@ -19,7 +19,8 @@ from zoo.train import manifest
 from zoo.train.checkpoints import load_arrays, steps, verify
 
 STEPS = 60
-FLAGS = ["--model.num-layers=2", "--model.width=96", "--batch-size=4", "--log-every=1", "--checkpoint-every=3"]
+FLAGS = ["--model.num-layers=2", "--model.width=96", "--model.dropout=0.1"]
+FLAGS += ["--batch-size=4", "--log-every=1", "--checkpoint-every=3"]
 
 
 def start(run: Path, flags: list[str]) -> subprocess.Popen[str]:

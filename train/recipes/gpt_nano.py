@@ -17,14 +17,14 @@ def gpt_nano() -> Experiment[GPTConfig, TextData, NextToken, TextSampler]:
     """
     return Experiment(
         name="gpt-nano",
-        model=GPTConfig(vocab_size=257, max_length=256, num_layers=4, width=192, num_heads=6, dropout=0.1),
+        model=GPTConfig(vocab_size=257, max_length=256, num_layers=4, width=192, num_heads=6),
         data=TextData(source="python_docs", length=256),
         objective=NextToken(),
         sampler=TextSampler(prompt="If the value ", temperature=0.6),
-        # Muon: after 450 steps AdamW's best rate is at 3.2 bits per byte where this is at 2.4.
+        # Muon: where this is at 2.4 bits per byte AdamW's best rate is at 3.2. No dropout: three passes do not overfit.
         optimizer=Optimizer(name="muon", learning_rate=1e-2, warmup_steps=30),
-        steps=600,
+        steps=450,
         batch_size=8,
-        eval_every=300,
-        checkpoint_every=300,
+        eval_every=225,
+        checkpoint_every=225,
     )
