@@ -11,17 +11,17 @@ A row is one query of one of the G = N / K heads of a group; t and s are the siz
 """
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
+from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
-from zoo.kernels.memory import from_bits, named, to_bits
-from zoo.kernels.problem import AttentionOutput, Problem, grouped, varying_axes, varying_over
+from zoo.kernels.memory import from_bits, to_bits
+from zoo.kernels.problem import Problem, grouped, varying_axes, varying_over
 
 CPU_BLOCK_BYTES = 2**22
 """Scores of one block on a CPU, where they stay in its cache."""
@@ -32,27 +32,19 @@ BLOCK_BYTES = 2**27
 Blocks = tuple[int, int]
 
 
-class _Differentiable(NamedTuple):
-    """What gradients are taken of; the rest of the problem is integers."""
+class Chunked(NamedTuple):
+    """The engine. blocks: most queries and keys in a block; by the platform that is compiled for where not given."""
 
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    bias: biases.Given
+    blocks: Blocks | None = None
 
+    def forward(self, problem: Problem) -> Output:
+        return _by_platform(self.blocks, _forward, problem)
 
-def attend(problem: Problem, blocks: Blocks | None = None) -> AttentionOutput:
-    """Linear memory; every feature; differentiable once, in reverse (`lse` too).
-
-    blocks: most queries and keys in a block; by the platform that is compiled for where not given.
-    """
-    p = problem
-    diff = _Differentiable(p.q, p.k, p.v, p.bias)
-    rest = p.replace(q=None, k=None, v=None, bias=None)
-    return cast(AttentionOutput, _attend(blocks, diff, rest))
+    def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
+        return _by_platform(self.blocks, _backward, problem, output, gradient)
 
 
-def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: jax.Array) -> Any:
+def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: Output) -> Any:
     """run(problem cut into blocks, *arguments), the sizes fixed when a platform is compiled for."""
 
     def at(size: Blocks) -> Callable[..., Any]:
@@ -91,25 +83,6 @@ def _block(length: int, limit: int) -> int:
     """The block size that covers a length in the fewest blocks of at most `limit`, with the least padding."""
     count = -(-length // limit)
     return -(-length // count)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> AttentionOutput:
-    return _attend_forward(blocks, diff, rest)[0]
-
-
-def _attend_forward(blocks: Blocks | None, diff: _Differentiable, rest: Problem) -> tuple[AttentionOutput, tuple]:
-    out, lse = _by_platform(blocks, _forward, rest.replace(**diff._asdict()))
-    out, lse = named(out, "attention_out"), named(lse, "attention_lse")
-    return AttentionOutput(out, lse), (diff, rest, out, lse)
-
-
-def _attend_backward(blocks: Blocks | None, saved: tuple, cotangents: AttentionOutput) -> tuple[_Differentiable, None]:
-    diff, rest, out, lse = saved
-    return _by_platform(blocks, _backward, rest.replace(**diff._asdict()), out, lse, *cotangents), None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
 
 
 class _Blocked(NamedTuple):
@@ -174,7 +147,8 @@ def _cut(problem: Problem, blocks: Blocks) -> _Blocked:
     t, s = _block(p.shape.queries, blocks[0]), _block(p.shape.keys, blocks[1])
     queries, keys = -(-p.shape.queries // t), -(-p.shape.keys // s)
     mask = p.mask.padded(queries * t, keys * s)
-    needed, whole = block_kinds(mask, t, s)
+    kinds = block_kinds(mask, t, s)
+    needed, whole = kinds.needed.any(0), kinds.whole.all(0)
     order = jnp.arange(keys, dtype=jnp.int32)
     return _Blocked(
         problem=p,
@@ -252,7 +226,7 @@ def _loop(b: _Blocked, i: jax.Array | int, body: Any, carry: Any) -> Any:
     return jax.lax.fori_loop(b.first[i], b.last[i], body, carry)
 
 
-def _forward(b: _Blocked) -> tuple[jax.Array, jax.Array]:
+def _forward(b: _Blocked) -> Output:
     p = b.problem
     axes = varying_axes(b.q)
 
@@ -283,15 +257,16 @@ def _forward(b: _Blocked) -> tuple[jax.Array, jax.Array]:
 
     blocks = jnp.arange(b.first.shape[0], dtype=jnp.int32)
     out, lse = (b.joined(x, p.shape.queries) for x in jax.lax.map(one, blocks))
-    return from_bits(out, p.q.dtype), lse[..., 0]
+    return Output(from_bits(out, p.q.dtype), lse[..., 0].swapaxes(1, 2))
 
 
-def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_lse: jax.Array) -> _Differentiable:
+def _backward(b: _Blocked, output: Output, gradient: Output) -> Learned:
     p = b.problem
     axes = varying_axes(b.q)
     # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)[..., None]
-    lse, d_lse, out, d_out = (_padded(to_bits(x), b.q.shape[1]) for x in (lse, d_lse[..., None], out, d_out))
+    lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse)
+    by_row = (lse.swapaxes(1, 2)[..., None], gradient.lse.swapaxes(1, 2)[..., None], output.out, gradient.out)
+    lse, d_lse, out, d_out = (_padded(to_bits(x), b.q.shape[1]) for x in by_row)
     kept = 1 / (1 - p.dropout)
 
     def one(sums: tuple, i: jax.Array) -> tuple[tuple, jax.Array]:
@@ -327,7 +302,7 @@ def _backward(b: _Blocked, out: jax.Array, lse: jax.Array, d_out: jax.Array, d_l
     d_q = from_bits(b.joined(d_q, p.shape.queries), p.q.dtype)
     turned = (x.astype(p.q.dtype).transpose(0, 1, 4, 2, 3) for x in (d_k, d_v * kept))
     d_k, d_v = (b.joined(x, p.shape.keys) for x in turned)
-    return _Differentiable(d_q, d_k, d_v, _like_bias(p.bias, d_bias))
+    return Learned(d_q, d_k, d_v, _like_bias(p.bias, d_bias))
 
 
 def _add_at(total: jax.Array, j: jax.Array | int, part: jax.Array) -> jax.Array:

@@ -9,10 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from zoo.kernels import chunked, layout, reference
+from zoo.kernels import engine, layout, reference, tpu_flash
 from zoo.kernels.bias import Bias
+from zoo.kernels.chunked import Chunked
+from zoo.kernels.engine import ByPlatform
 from zoo.kernels.mask import AttentionError, Mask
 from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_arrays, varying_axes, varying_over
+from zoo.kernels.tpu_flash import TpuFlash
 
 SCORE_BUDGET = 2**31
 """Bytes of scores per device above which `xla` refuses a call: nothing becomes quadratic in memory unasked."""
@@ -43,7 +46,10 @@ def _within_budget(problem: Problem) -> str | None:
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "xla": Implementation(reference.attend, _within_budget),
-    "chunked": Implementation(chunked.attend, lambda problem: None),
+    "chunked": Implementation(partial(engine.attend, Chunked()), lambda problem: None),
+    "tpu_flash": Implementation(
+        partial(engine.attend, ByPlatform(TpuFlash(), TpuFlash(interpret=True))), tpu_flash.supports
+    ),
 }
 
 
@@ -56,6 +62,7 @@ def attention(
     *,
     bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
+    logits_bound: float | None = None,
     sinks: ArrayLike | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -73,6 +80,7 @@ def attention(
     *,
     bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
+    logits_bound: float | None = None,
     sinks: ArrayLike | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -89,6 +97,7 @@ def attention(
     *,
     bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
+    logits_bound: float | None = None,
     sinks: ArrayLike | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
@@ -106,11 +115,13 @@ def attention(
     mask: which query attends to which key. A query left with none gives output 0, no gradient, and lse -inf.
     bias: added to the scores: an array that broadcasts to [B, N, T, S], or a `Bias`. Gradients flow to either.
     soft_cap: c turns a score x into c tanh(x / c), before the bias (Gemma 2).
+    logits_bound: a number that no scale q k^T exceeds in size, where the caller knows one (normalised q and k): kernels
+        then need no running maximum. Too small a number gives wrong results. A soft cap is such a bound already.
     sinks: [N], a learned score per head that takes part in the softmax and has no value (GPT-OSS).
     dropout, dropout_key: probability and jax.random key; no key, no dropout. Which probabilities are dropped is a
         function of the key and the global indices: the same for every implementation and every sharding.
     scale: factor of the products, 1 / sqrt(H) where not given.
-    impl: "auto", "xla" or "chunked"; see `explain`.
+    impl: "auto", "xla", "chunked" or "tpu_flash" (elsewhere than on a TPU it is interpreted, for tests); see `explain`.
     partition: how q's [B, T, N] are cut over the mesh: a PartitionSpec, or a NamedSharding where no mesh is set. Not
         needed under `zoo.sharding.use` or an Explicit mesh. Inside a caller's shard_map it names what that has cut.
     return_lse: also return the log-sum-exp [B, T, N] of the scores, without sinks; gradients flow through it.
@@ -125,6 +136,7 @@ def attention(
         partition,
         bias=bias,
         soft_cap=soft_cap,
+        logits_bound=logits_bound,
         dropout=dropout,
         dropout_key=dropout_key,
         scale=scale,
@@ -163,12 +175,15 @@ def _place(impl: str, place: layout.Layout, problem: Problem, sinks: jax.Array |
 
 def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
     """One device's part."""
-    name = choose(problem) if impl == "auto" else impl
-    refusal = IMPLEMENTATIONS[name].supports(problem)
-    if refusal is not None:
-        raise AttentionError(f"impl={name!r} cannot take this call: {refusal}")
+    names = choose(problem) if impl == "auto" else Choice(impl, impl)
+    for name in names:
+        refusal = IMPLEMENTATIONS[name].supports(problem)
+        if refusal is not None:
+            raise AttentionError(f"impl={name!r} cannot take this call: {refusal}")
+    differs = names.tpu != names.elsewhere
+    attend = partial(engine.attend, ByPlatform(TpuFlash(), Chunked())) if differs else IMPLEMENTATIONS[names.tpu].attend
     problem, sinks = varying_over((problem, sinks), varying_axes((problem, sinks)))
-    output, lse = IMPLEMENTATIONS[name].attend(problem)
+    output, lse = attend(problem)
     if sinks is not None:
         # With a sink in the denominator every probability shrinks by e^lse / (e^lse + e^sink).
         share = jax.nn.sigmoid(lse - sinks.astype(lse.dtype))
@@ -176,20 +191,32 @@ def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOu
     return AttentionOutput(output, lse)
 
 
-def choose(problem: Problem) -> str:
-    """The implementation that `auto` takes: the plain equation for small scores and decoding, else `chunked`."""
+class Choice(NamedTuple):
+    """What `auto` takes on a TPU, and on any other platform."""
+
+    tpu: str
+    elsewhere: str
+
+
+def choose(problem: Problem) -> Choice:
+    """The plain equation for small scores and decoding, else what is linear in memory."""
     small = score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
     if small and IMPLEMENTATIONS["xla"].supports(problem) is None:
-        return "xla"
-    return "chunked"
+        return Choice("xla", "xla")
+    refused = IMPLEMENTATIONS["tpu_flash"].supports(problem) is not None
+    return Choice("chunked" if refused else "tpu_flash", "chunked")
 
 
 class Candidate(NamedTuple):
-    """One implementation's answer to a call. refusal: why it cannot take it, or None. chosen: by impl="auto"."""
+    """One implementation's answer to a call.
+
+    refusal: why it cannot take it, or None. chosen: where impl="auto" takes it: "everywhere", "on TPUs", "elsewhere",
+    or None for nowhere.
+    """
 
     name: str
     refusal: str | None
-    chosen: bool
+    chosen: str | None
 
 
 def explain(
@@ -212,9 +239,13 @@ def explain(
     answers: list[Candidate] = []
 
     def record(problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
-        chosen = choose(problem)
-        answers[:] = [Candidate(name, one.supports(problem), name == chosen) for name, one in IMPLEMENTATIONS.items()]
-        return _attend(chosen, problem, sinks)
+        choice = choose(problem)
+        platforms = {(True, True): "everywhere", (True, False): "on TPUs", (False, True): "elsewhere"}
+        answers[:] = [
+            Candidate(name, one.supports(problem), platforms.get((name == choice.tpu, name == choice.elsewhere)))
+            for name, one in IMPLEMENTATIONS.items()
+        ]
+        return _attend("auto", problem, sinks)
 
     def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: Any, key: jax.Array | None) -> None:
         problem, place = _prepare(

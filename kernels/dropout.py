@@ -5,12 +5,16 @@ for the backward pass. The mixing function is lowbias32 (Wellons, https://github
 operations alone, exact on every platform. It is not cryptographic.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 
 from zoo.kernels.mask import AttentionError
 
-_LANES = (0x9E3779B9, 0x85EBCA6B)
+# Signed, for vector units have no unsigned integers; the bits are the same.
+_LANES = (0x9E3779B9 - 2**32, 0x85EBCA6B - 2**32)
+_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
 def words(key: jax.Array) -> jax.Array:
@@ -28,20 +32,37 @@ def keep(
 
     seed: `words` of the key; batch [B], heads [N], query [t] and key [s]: global indices.
     """
-    counters = (batch[:, None, None], heads[:, None], query)
-    rows = [jnp.uint32(lane) for lane in _LANES]
+    first, second = row_words(seed, batch[:, None, None], heads[:, None], query)
+    return pairs_kept(rate, first[..., None], second[..., None], key)
+
+
+def row_words(seed: Sequence[jax.Array] | jax.Array, *counters: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Two int32 words for every row of scores: of the seed's words and the row's indices, which broadcast."""
+    first, second = (jnp.int32(lane) for lane in _LANES)
     for word in (*seed, *counters):
-        rows = [_mix(row ^ word.astype(jnp.uint32)) for row in rows]
-    first, second = (row[..., None] for row in rows)
-    x = first ^ (key.astype(jnp.uint32) * jnp.uint32(_LANES[0]))
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+        word = word.astype(jnp.int32)
+        first, second = _mix(first ^ word), _mix(second ^ word)
+    return first, second
+
+
+def pairs_kept(rate: float, first: jax.Array, second: jax.Array, key: jax.Array) -> jax.Array:
+    """Which of a row's probabilities stay, by `row_words` and the key's index; the arrays broadcast."""
+    x = first ^ (key.astype(jnp.int32) * jnp.int32(_LANES[0]))
+    x = (x ^ _shifted(x, 16)) * jnp.int32(_FIRST)
     x = x ^ second
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return (x ^ (x >> 16)) >= jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
+    x = (x ^ _shifted(x, 15)) * jnp.int32(_SECOND)
+    x = x ^ _shifted(x, 16)
+    # Flipping the sign bit of both sides turns a comparison of unsigned numbers into one of signed ones.
+    least = min(round(rate * 2**32), 2**32 - 1) - 2**31
+    return (x ^ jnp.int32(-(2**31))) >= jnp.int32(least)
 
 
 def _mix(x: jax.Array) -> jax.Array:
     """lowbias32: a bijection of 32-bit words in which every input bit reaches every output bit."""
-    x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
-    return x ^ (x >> 16)
+    x = (x ^ _shifted(x, 16)) * jnp.int32(_FIRST)
+    x = (x ^ _shifted(x, 15)) * jnp.int32(_SECOND)
+    return x ^ _shifted(x, 16)
+
+
+def _shifted(x: jax.Array, bits: int) -> jax.Array:
+    return jax.lax.shift_right_logical(x, jnp.int32(bits))

@@ -5,6 +5,7 @@ to any block; `allowed` evaluates the mask on two sides, `block_kinds` says whic
 """
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -229,38 +230,44 @@ def _per_row(value: ArrayLike | None, name: str, batch: int) -> jax.Array | None
     return array
 
 
-def _both_sides(query: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[b, t] and [b, s] as [b, 1, t, 1] and [b, 1, 1, s]."""
-    return query[:, None, :, None], key[:, None, None, :]
-
-
 def allowed(mask: ResolvedMask, query: Side, key: Side) -> jax.Array:
     """Whether each of t queries may attend to each of s keys: bool [1 or B, 1, t, s]."""
-    rules = mask.rules
-    q, k = _both_sides(query.positions, key.positions)
-    keep = jnp.ones((1, 1, query.length, key.length), bool)
+    queries = jax.tree.map(lambda x: x[..., None, :, None], query)
+    keys = jax.tree.map(lambda x: x[..., None, None, :], key)
+    prefix, lengths = (None if x is None else x[:, None, None, None] for x in (mask.prefix, mask.lengths))
+    keep = pairs_allowed(mask.rules, queries, keys, prefix, lengths)
+    return jnp.ones((1, 1, query.length, key.length), bool) if keep is None else keep
+
+
+def pairs_allowed(
+    rules: Rules, query: Side, key: Side, prefix: jax.Array | None, lengths: jax.Array | None
+) -> jax.Array | None:
+    """The mask of pairs, of arrays that broadcast against each other; None where nothing is hidden."""
+    q, k = query.positions, key.positions
+    conditions = []
     if rules.causal:
-        seen = q >= k
-        keep &= seen if mask.prefix is None else seen | (k < mask.prefix[:, None, None, None])
+        conditions.append(q >= k if prefix is None else (q >= k) | (k < prefix))
     if rules.left is not None:
-        keep &= q - k <= rules.left
+        conditions.append(q - k <= rules.left)
     if rules.right is not None:
-        keep &= q - k >= -rules.right
+        conditions.append(q - k >= -rules.right)
     if rules.where is not None:
         pattern = rules.where(q, k)
         if pattern.dtype != bool:
             raise AttentionError(f"mask where= must give bool for every pair of positions: it gave {pattern.dtype}")
-        keep &= pattern
+        conditions.append(pattern)
     if query.segments is not None and key.segments is not None:
-        q_segment, k_segment = _both_sides(query.segments, key.segments)
-        keep &= (q_segment == k_segment) & (q_segment != 0)
-    if mask.lengths is not None:
-        keep &= key.index < mask.lengths[:, None, None, None]
-    return keep
+        conditions.append(query.segments == jnp.where(key.segments == 0, -1, key.segments))
+    if lengths is not None:
+        conditions.append(key.index < lengths)
+    return functools.reduce(operator.and_, conditions) if conditions else None
 
 
 class BlockKinds(NamedTuple):
-    """Per pair of blocks. needed: may hold an allowed pair; whole: holds allowed pairs only. bool [queries, keys]."""
+    """Per row and pair of blocks, bool [1 or B, queries, keys].
+
+    needed: may hold an allowed pair; whole: holds allowed pairs only.
+    """
 
     needed: jax.Array
     whole: jax.Array
@@ -293,7 +300,7 @@ def block_kinds(mask: ResolvedMask, query_block: int, key_block: int) -> BlockKi
         low, high = _ranges(mask.key.index[None], key_block)
         needed &= low[:, None] < mask.lengths[:, None, None]
         whole &= high[:, None] < mask.lengths[:, None, None]
-    return BlockKinds(needed.any(0), whole.all(0))
+    return BlockKinds(*jnp.broadcast_arrays(needed, whole))
 
 
 def _ranges(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,8 @@
 """One attention call as implementations get it: checked arrays, a resolved mask, global indices, static numbers."""
 
 import dataclasses
+import functools
+import operator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -11,7 +13,7 @@ from jax.typing import ArrayLike
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
-from zoo.kernels.mask import AttentionError, Mask, ResolvedMask, resolve
+from zoo.kernels.mask import AttentionError, Mask, ResolvedMask, Side, resolve
 
 Tree = TypeVar("Tree")
 
@@ -48,7 +50,7 @@ class Shape(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "k", "v", "mask", "bias", "seed", "batch", "heads"),
-    meta_fields=("scale", "soft_cap", "dropout"),
+    meta_fields=("scale", "soft_cap", "bound", "dropout"),
 )
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -56,6 +58,7 @@ class Problem:
 
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, H']; bias with four dimensions, or a Bias, or None.
     seed: uint32 words, or None without dropout; batch [B] and heads [N]: global indices of rows and query heads.
+    bound: no score is greater or less than it; None where that is not known.
     """
 
     q: jax.Array
@@ -68,6 +71,7 @@ class Problem:
     heads: jax.Array
     scale: float
     soft_cap: float | None
+    bound: float | None
     dropout: float
 
     @property
@@ -97,6 +101,7 @@ def build(
     *,
     bias: ArrayLike | biases.Given = None,
     soft_cap: float | None = None,
+    logits_bound: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
@@ -108,20 +113,32 @@ def build(
         raise AttentionError(f"dropout={dropout} is not a probability below 1: give 0 <= dropout < 1")
     if soft_cap is not None and not soft_cap > 0:
         raise AttentionError(f"soft_cap={soft_cap} is not positive: give a positive number, or None for no cap")
+    if logits_bound is not None and not logits_bound > 0:
+        raise AttentionError(f"logits_bound={logits_bound} is not positive: give a positive number, or None if unknown")
+    bounds = [float(x) for x in (soft_cap, logits_bound) if x is not None]
     seed = None if dropout_key is None or dropout == 0 else dropouts.words(dropout_key)
+    resolved = resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin.query)
     return Problem(
-        q=q,
-        k=k,
-        v=v,
-        mask=resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin.query),
+        q=_without_padding(q, resolved.query, None),
+        k=_without_padding(k, resolved.key, resolved.lengths),
+        v=_without_padding(v, resolved.key, resolved.lengths),
+        mask=resolved,
         bias=biases.check(bias, shape.batch, shape.heads, shape.queries, shape.keys),
         seed=seed,
         batch=origin.row + jnp.arange(shape.batch, dtype=jnp.int32),
         heads=origin.head + jnp.arange(shape.heads, dtype=jnp.int32),
         scale=float(shape.head_dim**-0.5 if scale is None else scale),
         soft_cap=None if soft_cap is None else float(soft_cap),
+        bound=min(bounds, default=None) if bias is None else None,
         dropout=0.0 if seed is None else float(dropout),
     )
+
+
+def _without_padding(x: jax.Array, side: Side, lengths: jax.Array | None) -> jax.Array:
+    """[B, L, N, H] with zeros in the place of padding, which may hold anything: 0 times NaN is NaN."""
+    there = [] if side.segments is None else [side.segments != 0]
+    there += [] if lengths is None else [side.index < lengths[:, None]]
+    return jnp.where(functools.reduce(operator.and_, there)[:, :, None, None], x, 0) if there else x
 
 
 def _shape(q: jax.Array, k: jax.Array) -> Shape:

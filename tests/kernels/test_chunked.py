@@ -1,6 +1,7 @@
 """`chunked` against `xla`: values and gradients over random shapes and features; blocks that are skipped; memory."""
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import jax
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zoo.kernels import Bias, Mask, attention, chunked, reference
+from zoo.kernels import Bias, Mask, attention, chunked, engine, reference
 from zoo.kernels.problem import build
 
 TOLERANCE = 2e-5
@@ -66,7 +67,7 @@ def compare(call):
         return jnp.sum(out * d_out) + jnp.sum(finite * d_lse), (out, lse)
 
     results = []
-    for attend in (reference.attend, lambda problem: chunked.attend(problem, blocks)):
+    for attend in (reference.attend, partial(engine.attend, chunked.Chunked(blocks))):
         step = jax.jit(jax.value_and_grad(lambda x, attend=attend: run(attend, x), has_aux=True))
         (_, values), gradients = step(jax.tree.map(jnp.asarray, learned))
         results.append((values, gradients))
@@ -135,7 +136,7 @@ def test_blocks_that_the_mask_empties_are_skipped(mask):
     poison = jnp.asarray(np.repeat(~seen, block))[None, :, None, None]
 
     def rows(q, k, v):
-        return chunked.attend(build(q, k, v, mask), (block, block)).output[:, row : row + block]
+        return engine.attend(chunked.Chunked((block, block)), build(q, k, v, mask)).output[:, row : row + block]
 
     poisoned = [jnp.where(poison, jnp.nan, x) for x in (k, v)]
     np.testing.assert_array_equal(rows(q, *poisoned), rows(q, k, v))

@@ -17,16 +17,24 @@ def shapes(t: int, s: int | None = None, b: int = 1, n: int = 2, k: int = 1, h: 
     return [jax.ShapeDtypeStruct(shape, dtype) for shape in ((b, t, n, h), (b, s, k, h), (b, s, k, h))]
 
 
-def chosen(*arguments, **options) -> str:
-    (name,) = [candidate.name for candidate in explain(*arguments, **options) if candidate.chosen]
-    return name
+def chosen(*arguments, **options) -> dict[str, str]:
+    """By where `auto` takes it, the implementation."""
+    return {where: name for name, _, where in explain(*arguments, **options) if where}
 
 
 def test_auto() -> None:
-    assert chosen(*shapes(16)) == "xla"
-    assert chosen(*shapes(1, 100_000)) == "xla"
-    assert chosen(*shapes(2048)) == "chunked"
-    assert chosen(*shapes(1_000_000, n=32)) == "chunked"
+    assert chosen(*shapes(16)) == {"everywhere": "xla"}
+    assert chosen(*shapes(1, 100_000)) == {"everywhere": "xla"}
+    assert chosen(*shapes(2048)) == {"on TPUs": "tpu_flash", "elsewhere": "chunked"}
+    assert chosen(*shapes(2048), bias=jnp.ones((1, 2048))) == {"everywhere": "chunked"}
+    assert chosen(*shapes(1_000_000, n=32)) == {"everywhere": "chunked"}
+
+
+def test_second_derivatives_are_refused_by_name() -> None:
+    x = jnp.ones((1, 8, 1, 8))
+    gradient = jax.grad(lambda q: jnp.sum(attention(q, x, x, impl="chunked") ** 2))
+    with pytest.raises(AttentionError, match="first derivatives alone: for second ones take impl='xla'"):
+        jax.grad(lambda q: jnp.sum(gradient(q)))(x)
 
 
 def test_explain_says_why_not() -> None:

@@ -1,0 +1,222 @@
+"""`tpu_flash`: attention in Pallas kernels for TPUs, linear memory, what a mask empties neither loaded nor computed.
+
+The grid runs over rows, heads and the visits of the work list; the number of visits is known at run time. What the
+kernels do at a visit stands in tpu_forward and tpu_backward, how their arrays lie in tpu_layout.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from zoo.kernels import tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
+from zoo.kernels.engine import Learned, Output
+from zoo.kernels.mask import ResolvedMask
+from zoo.kernels.problem import Problem
+from zoo.kernels.tpu_blocks import Blocks
+from zoo.kernels.tpu_layout import Call, Operand
+from zoo.kernels.tpu_pairs import LOG2_E, Pairs, Scalars
+
+
+class TpuFlash(NamedTuple):
+    """The engine. forward_blocks, backward_blocks: by the table of tpu_blocks where not given."""
+
+    forward_blocks: Blocks | None = None
+    backward_blocks: Blocks | None = None
+    interpret: bool = False
+
+    def forward(self, problem: Problem) -> Output:
+        blocks = self.forward_blocks or tpu_blocks.find("forward", problem)
+        return _forward(Call.of(problem, blocks), self.interpret)
+
+    def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
+        blocks = self.backward_blocks or tpu_blocks.find("backward", problem)
+        return _backward(problem, blocks, output, gradient, self.interpret)
+
+
+def supports(problem: Problem) -> str | None:
+    p, shape = problem, problem.shape
+    if p.q.dtype not in (jnp.float32, jnp.bfloat16):
+        return f"its arguments are {p.q.dtype}: it takes bfloat16 and float32"
+    if p.bias is not None:
+        return "it has no bias"
+    if max(shape.head_dim, p.v.shape[-1]) > 256 or shape.head_dim % 8 or p.v.shape[-1] % 8:
+        return f"its head sizes are {shape.head_dim} and {p.v.shape[-1]}: it takes multiples of 8 up to 256"
+    rows = tpu_layout.mask_rows(p.mask)
+    for direction in ("forward", "backward"):
+        code = tpu_layout.code_of(p, tpu_blocks.find(direction, p))
+        if code.bits > 31 or rows * code.queries * code.keys > work_list.MOST_PAIRS:
+            return f"{rows} rows of {shape.queries} x {shape.keys} pairs make too long a list of blocks"
+    return None
+
+
+Kernel = Callable[[Scalars, tuple[Any, Any], dict[str, Any]], None]
+
+
+def _run(
+    call: Call,
+    direction: str,
+    grid: tuple,
+    kernel: Kernel,
+    inputs: Mapping[str, Operand],
+    outputs: Mapping[str, Operand],
+    scratch: Mapping[str, Any],
+    interpret: bool,
+) -> Any:
+    """kernel(scalars, references of the sides, references by name) at every point of the grid."""
+    count = len(Scalars._fields)
+
+    def body(*references: Any) -> None:
+        named = dict(zip((*inputs, *outputs, *scratch), references[count:], strict=True))
+        sides = named.pop("query_side", None), named.pop("key_side", None)
+        kernel(Scalars(*references[:count]), sides, named)
+
+    run = pl.pallas_call(
+        body,
+        out_shape=[x.array for x in outputs.values()],
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=count,
+            grid=grid,
+            in_specs=[x.spec for x in inputs.values()],
+            out_specs=[x.spec for x in outputs.values()],
+            scratch_shapes=list(scratch.values()),
+        ),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=[pltpu.PARALLEL] * 2 + [pltpu.ARBITRARY] * (len(grid) - 2),
+            vmem_limit_bytes=tpu_blocks.CHIPS[tpu_blocks.chip()].vmem,
+        ),
+        name=call.name(direction),
+        interpret=interpret,
+    )
+    return run(*call.scalars, *(x.array for x in inputs.values()))
+
+
+def _forward(call: Call, interpret: bool) -> Output:
+    p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
+    t, h, value = blocks.queries, shape.head_dim, p.v.shape[-1]
+
+    def query(b: Any, n: Any, step: Any, *scalars: Any) -> tuple:
+        return b, call.query_block(scalars, b, step), n
+
+    def key(b: Any, n: Any, step: Any, *scalars: Any) -> tuple:
+        return b, call.key_block(scalars, b, step), n // spec.group
+
+    inputs = {
+        "q": tpu_layout.heads(p.q, call.queries, t, query),
+        "k": tpu_layout.heads(p.k, call.keys, blocks.keys, key),
+        "v": tpu_layout.turned(p.v, call.keys, blocks.keys, key),
+        **tpu_layout.sides(call, query, key),
+    }
+    lse = tpu_layout.shape_like((shape.batch, shape.heads, 1, call.queries), p.q, jnp.float32)
+    outputs = {
+        "out": tpu_layout.result((shape.batch, call.queries, shape.heads, value), p.q, t, query),
+        "lse": tpu_layout.by_row(lse, t, query),
+    }
+    scratch = {
+        "total": pltpu.VMEM((2, 8, t), jnp.float32),
+        "acc": pltpu.VMEM((2, value, t), jnp.float32),
+        "reference": pltpu.VMEM((1, t), jnp.float32),
+        "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
+        "state": pltpu.SMEM((2,), jnp.int32),
+    }
+
+    def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
+        b, n, step = (pl.program_id(i) for i in range(3))
+        flags = spec.code.flags(call.visit(scalars, b, step))
+        tpu_forward.visit(spec, tpu_forward.Operands(**named), Pairs(spec, scalars, *sides, b, n), flags)
+
+    grid = (shape.batch, shape.heads, call.steps)
+    out, lse = _run(call, "forward", grid, kernel, inputs, outputs, scratch, interpret)
+    return Output(tpu_layout.restored(out, shape.queries, shape.heads), lse[:, :, 0, : shape.queries])
+
+
+def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output, interpret: bool) -> Learned:
+    """Keys in as many parts as the sums of their gradients need to fit VMEM; the parts' gradients of q are added."""
+    p, keys = problem, problem.shape.keys
+    lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse) * LOG2_E
+    delta = (output.out.astype(jnp.float32) * gradient.out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - gradient.lse
+    count = -(-keys // keys_of_part(p, blocks))
+    size = -(-keys // (count * blocks.keys)) * blocks.keys
+    d_q, d_k, d_v = [], [], []
+    for start in range(0, keys, size):
+        part = slice(start, start + size)
+        key = jax.tree.map(lambda x, part=part: x[..., part], p.mask.key)
+        mask = ResolvedMask(p.mask.query, key, p.mask.prefix, p.mask.lengths, rules=p.mask.rules)
+        call = Call.of(p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask), blocks)
+        dtype = p.q.dtype if count == 1 else jnp.float32
+        of_q, of_k, of_v = _backward_part(call, lse, delta, gradient.out, dtype, interpret)
+        d_q, d_k, d_v = [*d_q, of_q], [*d_k, of_k], [*d_v, of_v]
+    return Learned(sum(d_q[1:], d_q[0]).astype(p.q.dtype), jnp.concatenate(d_k, 1), jnp.concatenate(d_v, 1), None)
+
+
+def keys_of_part(problem: Problem, blocks: Blocks) -> int:
+    """Keys whose sums in float32, and gradients twice, take three quarters of VMEM; at least a block."""
+    lanes, size = tpu_blocks.LANES, problem.q.dtype.itemsize
+    widths = (problem.shape.head_dim, problem.v.shape[-1])
+    a_key = sum(-(-width // lanes) * lanes * (4 + 2 * size) for width in widths)
+    budget = tpu_blocks.CHIPS[tpu_blocks.chip()].vmem * 3 // 4
+    return max(1, budget // (a_key * blocks.keys)) * blocks.keys
+
+
+def _backward_part(
+    call: Call, lse: jax.Array, delta: jax.Array, d_out: jax.Array, d_q_dtype: Any, interpret: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
+    b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
+    extra = ((0, 0), (0, 0), (0, call.queries - shape.queries))
+    # A query that only pads has the weights exp(x - inf).
+    rows = jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(delta, extra)], axis=2)
+
+    def query(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
+        return b, call.query_block(scalars, b, step), k * spec.group + g
+
+    def key(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
+        return b, call.key_block(scalars, b, step), k
+
+    def all_keys(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
+        return b, 0, k
+
+    inputs = {
+        "q": tpu_layout.heads(p.q, call.queries, t, query),
+        "d_out": tpu_layout.heads(d_out, call.queries, t, query),
+        "rows": tpu_layout.by_row(rows, t, query),
+        "k": tpu_layout.heads(p.k, s, blocks.keys, key),
+        "v": tpu_layout.heads(p.v, s, blocks.keys, key),
+        **({"k_turned": tpu_layout.turned(p.k, s, blocks.keys, key)} if blocks.turned else {}),
+        **tpu_layout.sides(call, query, key),
+    }
+    outputs = {
+        "d_q": tpu_layout.result((b, call.queries, shape.heads, h), p.q, t, query, d_q_dtype),
+        "d_k": tpu_layout.result((b, s, shape.kv_heads, h), p.q, s, all_keys),
+        "d_v": tpu_layout.result((b, s, shape.kv_heads, value), p.q, s, all_keys),
+    }
+
+    def kept(length: int, width: int, dtype: Any) -> Any:
+        return pltpu.VMEM((width, length) if blocks.turned else (length, width), dtype)
+
+    scratch = {
+        "scaled": kept(t, h, p.q.dtype),
+        **({"d_out_turned": kept(t, value, p.q.dtype)} if blocks.turned else {}),
+        "sum_q": kept(t, h, jnp.float32),
+        "sum_k": kept(s, h, jnp.float32),
+        "sum_v": kept(s, value, jnp.float32),
+    }
+
+    def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
+        b, k, g, step = (pl.program_id(i) for i in range(4))
+        visit, last_step = call.visit(scalars, b, step), pl.num_programs(3) - 1
+        ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
+        pairs = Pairs(spec, scalars, *sides, b, k * spec.group + g)
+        operands = tpu_backward.Operands(**named)
+        tpu_backward.visit(spec, operands, pairs, spec.code.flags(visit), spec.code.key(visit), ends)
+
+    grid = (b, shape.kv_heads, spec.group, call.steps)
+    d_q, d_k, d_v = _run(call, "backward", grid, kernel, inputs, outputs, scratch, interpret)
+    return (
+        tpu_layout.restored(d_q, shape.queries, shape.heads),
+        tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
+        tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
+    )

@@ -1,0 +1,143 @@
+"""The TPU kernel's forward pass: one visit of a block of queries to a block of keys.
+
+FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) rescales what it has summed whenever a row's maximum
+grows. Here most blocks do neither: a row's first block, taken with the running maximum, fixes a reference r, and whole
+blocks after it sum exp2(x - r) as it is. That is exact as long as no sum overflows, since the row's sum is at least 1
+from its first block on, and whatever underflows beside it is below its rounding. A sum above LIMIT is noticed
+after the block, whose sums went to a second set of accumulators: the block is then taken again with the running
+maximum, from the first set.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Spec, product, scores
+from zoo.kernels.work_list import FIRST, LAST, WHOLE
+
+LIMIT = 2.0**64
+
+UNSEEN = -1e30
+"""Reference of a row that has no key yet: finite, so that it can be subtracted from -inf."""
+
+_LN_2 = 0.6931471805599453
+
+
+class Operands(NamedTuple):
+    """References: q [t, H], k [s, H], v transposed [H', s]; out [t, H'], lse [1, t]; and what is kept between visits.
+
+    total [2, 8, t] and acc [2, H', t]: two sets of accumulators; reference [1, t]; scaled [t, H]: the scaled queries,
+    transposed where turned; state: the set that holds the sums, and whether this visit is done.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    lse: Any
+    total: Any
+    acc: Any
+    reference: Any
+    scaled: Any
+    state: Any
+
+
+def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
+    blocks = spec.blocks
+    whole = (flags & WHOLE) != 0
+
+    @pl.when((flags & FIRST) != 0)
+    def _start() -> None:
+        o.total[0] = jnp.zeros(o.total.shape[1:], jnp.float32)
+        o.acc[0] = jnp.zeros(o.acc.shape[1:], jnp.float32)
+        o.reference[...] = jnp.full(o.reference.shape, 0.0 if spec.bounded else UNSEEN, jnp.float32)
+        scaled = o.q[...].astype(jnp.float32) * spec.query_factor
+        o.scaled[...] = (scaled.T if blocks.turned else scaled).astype(spec.dtype)
+        o.state[0] = 0
+
+    o.state[1] = 0
+
+    @pl.when(whole if spec.bounded else whole & ((flags & FIRST) == 0))
+    def _whole() -> None:
+        now = o.state[0]
+        fits = jnp.bool_(True)
+        for start in range(0, blocks.queries, blocks.rows):
+            part = slice(start, start + blocks.rows)
+            total, acc = o.total[now, :, part], o.acc[now, :, part]
+            for key in range(0, blocks.keys, blocks.step):
+                more, values = _weigh(spec, o, pairs, key, blocks.step, part, masked=False)
+                total, acc = total + more, acc + values
+            o.total[1 - now, :, part], o.acc[1 - now, :, part] = total, acc
+            if not spec.bounded:
+                fits &= jnp.max(total) < LIMIT
+
+        @pl.when(fits)
+        def _keep() -> None:
+            o.state[0] = 1 - now
+            o.state[1] = 1
+
+    @pl.when(o.state[1] == 0)
+    def _strips() -> None:
+        def strip(c: jax.Array, _: None) -> None:
+            @pl.when((flags & spec.code.strip(c)) != 0)
+            def _one() -> None:
+                _strip(spec, o, pairs, pl.multiple_of(c * spec.strip, spec.strip))
+
+        jax.lax.fori_loop(0, spec.code.strips, strip, None)
+
+    @pl.when((flags & LAST) != 0)
+    def _finish() -> None:
+        now = o.state[0]
+        total = o.total[now].sum(0, keepdims=True)
+        empty = total == 0
+        total = jnp.where(empty, 1, total)
+        o.out[...] = (o.acc[now] / (total * (1 - spec.dropout))).T.astype(o.out.dtype)
+        o.lse[...] = jnp.where(empty, -jnp.inf, (o.reference[...] + jnp.log2(total)) * _LN_2)
+
+
+def _weigh(
+    spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of weights [8, t] and of weighted values [H', t] over `size` keys, against the rows' reference."""
+    x = _scores(spec, o, pairs, key, size, part, masked=masked)
+    return _sums(spec, o, pairs, jnp.exp2(x - o.reference[:, part]), key, part)
+
+
+def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
+    """[s, t] in base 2."""
+    turned, keys = spec.blocks.turned, o.k[pl.ds(key, size), :]
+    products = (
+        product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
+    )
+    x, _ = scores(spec, products)
+    return pairs.masked(x, key, part.start) if masked else x
+
+
+def _sums(
+    spec: Spec, o: Operands, pairs: Pairs, weights: jax.Array, key: Any, part: slice
+) -> tuple[jax.Array, jax.Array]:
+    size, t = weights.shape
+    total = weights.reshape(size // SUBLANES, SUBLANES, t).sum(0)
+    kept = pairs.dropped(weights, key, part.start).astype(spec.dtype)
+    return total, product(spec, o.v[:, pl.ds(key, size)], kept, (1, 0))
+
+
+def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
+    """One strip of keys, masked, with the running maximum or against the bound."""
+    now = o.state[0]
+    whole = slice(0, spec.blocks.queries)
+    if spec.bounded:
+        total, acc = _weigh(spec, o, pairs, key, spec.strip, whole, masked=True)
+        o.total[now] += total
+        o.acc[now] += acc
+        return
+    x = _scores(spec, o, pairs, key, spec.strip, whole, masked=True)
+    before = o.reference[...]
+    top = jnp.maximum(before, x.max(0, keepdims=True))
+    shrink = jnp.exp2(before - top)
+    total, acc = _sums(spec, o, pairs, jnp.exp2(x - top), key, whole)
+    o.reference[...] = top
+    o.total[now] = o.total[now] * shrink + total
+    o.acc[now] = o.acc[now] * shrink + acc

@@ -1,0 +1,194 @@
+"""How a problem's arrays are laid out and cut for the TPU kernels.
+
+Heads whose size is a multiple of the 128 lanes are read where they lie, as columns of [B, L, N H]; others are moved to
+[B, N, L, H] first. A Place says which block of which head of which row the kernel is at.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from zoo.kernels import work_list
+from zoo.kernels.mask import ResolvedMask, Side
+from zoo.kernels.problem import Problem
+from zoo.kernels.tpu_blocks import LANES, Blocks
+from zoo.kernels.tpu_pairs import Scalars, Spec
+from zoo.kernels.work_list import Code
+
+STRIP = 512
+"""Most keys of a strip of a block that has several."""
+
+BOUND = 55.0
+"""Scores within it need no maximum: sums of their exponentials, times values, stay far from float32's ends."""
+
+Place = Callable[..., tuple[Any, Any, Any]]
+"""(row, block, head) at given grid indices, which the references of Scalars follow."""
+
+
+class Operand(NamedTuple):
+    """An array, or the shape of a result, and how it is cut for the kernel."""
+
+    array: Any
+    spec: pl.BlockSpec
+
+
+class Call(NamedTuple):
+    """A problem, the static numbers of its kernel, its mask padded to whole blocks, and its work list."""
+
+    problem: Problem
+    spec: Spec
+    mask: ResolvedMask
+    scalars: Scalars
+    steps: jax.Array
+
+    @classmethod
+    def of(cls, problem: Problem, blocks: Blocks) -> "Call":
+        p, code = problem, code_of(problem, blocks)
+        mask = p.mask.padded(code.queries * blocks.queries, code.keys * blocks.keys)
+        spec = Spec(
+            blocks=blocks,
+            code=code,
+            rows=mask_rows(mask),
+            group=p.shape.heads // p.shape.kv_heads,
+            rules=mask.rules,
+            hides=mask.hides,
+            segments=mask.query.segments is not None,
+            prefix=mask.prefix is not None,
+            lengths=mask.lengths is not None,
+            scale=p.scale,
+            soft_cap=p.soft_cap,
+            bounded=p.bound is not None and p.bound <= BOUND,
+            dropout=p.dropout,
+            dtype=p.q.dtype,
+            precision=p.precision,
+        )
+        work = work_list.build(mask, code, blocks.queries, blocks.keys)
+        none = jnp.zeros((1,), jnp.int32)
+
+        def per_row(x: jax.Array | None) -> jax.Array:
+            return none if x is None else jnp.broadcast_to(x, (spec.rows,))
+
+        seed = none if p.seed is None else jax.lax.bitcast_convert_type(p.seed, jnp.int32)
+        scalars = Scalars(work.visits, seed, p.batch, p.heads, per_row(mask.prefix), per_row(mask.lengths))
+        return cls(p, spec, mask, scalars, work.steps)
+
+    @property
+    def queries(self) -> int:
+        """Padded."""
+        return self.mask.query.length
+
+    @property
+    def keys(self) -> int:
+        """Padded."""
+        return self.mask.key.length
+
+    def visit(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
+        return scalars[0][(row * self.spec.visits if self.spec.rows > 1 else 0) + step]
+
+    def query_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
+        return self.spec.code.query(self.visit(scalars, row, step))
+
+    def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
+        return self.spec.code.key(self.visit(scalars, row, step))
+
+    def name(self, direction: str) -> str:
+        blocks = self.spec.blocks
+        return f"flash_{direction}_h{self.problem.shape.head_dim}_q{blocks.rows}_k{blocks.step}"
+
+
+def code_of(problem: Problem, blocks: Blocks) -> Code:
+    shape = problem.shape
+    strips = blocks.keys // STRIP if blocks.keys % STRIP == 0 else 1
+    return Code(-(-shape.queries // blocks.queries), -(-shape.keys // blocks.keys), strips)
+
+
+def mask_rows(mask: ResolvedMask) -> int:
+    """1 where all rows have one mask, else B."""
+    arrays = (mask.query.positions, mask.query.segments, mask.key.positions, mask.key.segments)
+    return max(x.shape[0] for x in (*arrays, mask.prefix, mask.lengths) if x is not None)
+
+
+def heads(x: jax.Array, length: int, rows: int, place: Place) -> Operand:
+    """[B, L, N, X], padded to `length`, in blocks of `rows`."""
+    x = _padded(x, length, axis=1)
+    array = x.reshape(*x.shape[:2], -1) if x.shape[3] % LANES == 0 else x.swapaxes(1, 2)
+    return Operand(array, _blocks(x.shape[3], rows, place))
+
+
+def result(shape: tuple[int, int, int, int], like: jax.Array, rows: int, place: Place, dtype: Any = None) -> Operand:
+    """For [B, L, N, X], which `restored` gives back; `like` tells its type and the mesh axes it varies over."""
+    b, length, n, width = shape
+    laid = (b, length, n * width) if width % LANES == 0 else (b, n, length, width)
+    return Operand(shape_like(laid, like, dtype or like.dtype), _blocks(width, rows, place))
+
+
+def restored(x: jax.Array, length: int, count: int) -> jax.Array:
+    """[B, length, count, X]."""
+    x = x.reshape(*x.shape[:2], count, -1) if x.ndim == 3 else x.swapaxes(1, 2)
+    return x[:, :length]
+
+
+def shape_like(shape: tuple[int, ...], like: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def turned(x: jax.Array, length: int, columns: int, place: Place) -> Operand:
+    """[B, L, N, X] as [B, N, X, length], in blocks of `columns`."""
+    x = _padded(x.transpose(0, 2, 3, 1), length, axis=3)
+
+    def index(*indices: Any) -> tuple:
+        row, block, head = place(*indices)
+        return row, head, 0, block
+
+    return Operand(x, pl.BlockSpec((None, None, x.shape[2], columns), index))
+
+
+def by_row(array: Any, columns: int, place: Place) -> Operand:
+    """[B, N, count, L] in blocks of `columns`."""
+
+    def index(*indices: Any) -> tuple:
+        row, block, head = place(*indices)
+        return row, head, 0, block
+
+    return Operand(array, pl.BlockSpec((None, None, array.shape[2], columns), index))
+
+
+def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:
+    """int32 [rows, 3, L] of queries and of keys: index, position and segment; nothing where no pair is looked at."""
+    spec = call.spec
+    if not spec.sees_pairs:
+        return {}
+
+    def operand(side: Side, columns: int, place: Place) -> Operand:
+        segments = jnp.zeros_like(side.positions) if side.segments is None else side.segments
+        full = (spec.rows, side.length)
+        array = jnp.stack([jnp.broadcast_to(x, full) for x in (side.index, side.positions, segments)], axis=1)
+
+        def index(*indices: Any) -> tuple:
+            row, block, _ = place(*indices)
+            return row if spec.rows > 1 else 0, 0, block
+
+        return Operand(array, pl.BlockSpec((None, 3, columns), index))
+
+    return {
+        "query_side": operand(call.mask.query, spec.blocks.queries, query),
+        "key_side": operand(call.mask.key, spec.blocks.keys, key),
+    }
+
+
+def _padded(x: jax.Array, length: int, axis: int) -> jax.Array:
+    extra = [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, extra) if length > x.shape[axis] else x
+
+
+def _blocks(width: int, rows: int, place: Place) -> pl.BlockSpec:
+    def by_head(*indices: Any) -> tuple:
+        row, block, head = place(*indices)
+        return row, head, block, 0
+
+    if width % LANES == 0:
+        return pl.BlockSpec((None, rows, width), place)
+    return pl.BlockSpec((None, None, rows, width), by_head)

@@ -1,0 +1,126 @@
+"""What the TPU kernels' passes share: static numbers, scores, and the mask and dropout of one tile of pairs.
+
+Scores lie transposed, keys down the sublanes and queries along the lanes, so that a statistic of the queries is one row
+of registers and sums over keys are additions of registers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from zoo.kernels import dropout as dropouts
+from zoo.kernels.mask import Rules, Side, pairs_allowed
+from zoo.kernels.tpu_blocks import Blocks
+from zoo.kernels.work_list import Code
+
+LOG2_E = 1.4426950408889634
+
+SUBLANES = 8
+
+
+class Spec(NamedTuple):
+    """Static numbers of one kernel. rows: of the mask, 1 or B; group: query heads per key/value head."""
+
+    blocks: Blocks
+    code: Code
+    rows: int
+    group: int
+    rules: Rules
+    hides: bool
+    segments: bool
+    prefix: bool
+    lengths: bool
+    scale: float
+    soft_cap: float | None
+    bounded: bool
+    dropout: float
+    dtype: jnp.dtype
+    precision: jax.lax.Precision
+
+    @property
+    def strip(self) -> int:
+        """Keys of a strip, the unit that masks skip within a block."""
+        return self.blocks.keys // self.code.strips
+
+    @property
+    def visits(self) -> int:
+        """Room for one row's visits in the list."""
+        return self.code.queries * self.code.keys
+
+    @property
+    def sees_pairs(self) -> bool:
+        return self.hides or self.dropout > 0
+
+    @property
+    def query_factor(self) -> float:
+        """What queries are multiplied by, so that their products are scores in base 2, or what tanh is taken of."""
+        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+
+
+class Scalars(NamedTuple):
+    """In scalar memory: visits of the work list; two seed words, global rows and heads; prefix and lengths [rows]."""
+
+    visits: Any
+    seed: Any
+    batch: Any
+    heads: Any
+    prefix: Any
+    lengths: Any
+
+
+def product(spec: Spec, x: jax.Array, y: jax.Array, over: tuple[int, int]) -> jax.Array:
+    """Of two matrices over one dimension of each; summed in float32."""
+    dims = (((over[0],), (over[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dims, precision=spec.precision, preferred_element_type=jnp.float32)
+
+
+def scores(spec: Spec, products: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """Scores in base 2, of the products of keys and scaled queries, and the soft cap's tanh or None."""
+    if spec.soft_cap is None:
+        return products, None
+    capped = jnp.tanh(products)
+    return capped * (spec.soft_cap * LOG2_E), capped
+
+
+class Pairs:
+    """Which pairs of one visit the mask keeps and which dropout keeps.
+
+    queries, keys: references to int32 [3, t] and [3, s]: global index, position and segment.
+    """
+
+    def __init__(self, spec: Spec, scalars: Scalars, queries: Any, keys: Any, row: Any, head: Any) -> None:
+        self.spec, self.scalars, self.queries, self.keys, self.row, self.head = spec, scalars, queries, keys, row, head
+
+    def _query_side(self, start: int, size: int) -> Side:
+        rows = [self.queries[i : i + 1, start : start + size] for i in range(3)]
+        return Side(rows[0], rows[1], rows[2] if self.spec.segments else None)
+
+    def _key_side(self, start: Any, size: int) -> Side:
+        columns = jnp.transpose(self.keys[:, pl.ds(start, size)])
+        index, positions, segments = (columns[:, i : i + 1] for i in range(3))
+        return Side(index, positions, segments if self.spec.segments else None)
+
+    def masked(self, x: jax.Array, key_start: Any, query_start: int) -> jax.Array:
+        """Scores [s, t] with -inf where the mask forbids."""
+        spec, size = self.spec, x.shape
+        if not spec.hides:
+            return x
+        row = self.row if spec.rows > 1 else 0
+        prefix = self.scalars.prefix[row] if spec.prefix else None
+        lengths = self.scalars.lengths[row] if spec.lengths else None
+        query, key = self._query_side(query_start, size[1]), self._key_side(key_start, size[0])
+        keep = pairs_allowed(spec.rules, query, key, prefix, lengths)
+        return x if keep is None else jnp.where(keep, x, -jnp.inf)
+
+    def dropped(self, x: jax.Array, key_start: Any, query_start: int) -> jax.Array:
+        """Weights [s, t] without those that dropout takes; its factor 1 / (1 - rate) is left to the caller."""
+        spec, size = self.spec, x.shape
+        if not spec.dropout:
+            return x
+        seed = [self.scalars.seed[i] for i in range(self.scalars.seed.shape[0])]
+        counters = self.scalars.batch[self.row], self.scalars.heads[self.head]
+        query, key = self._query_side(query_start, size[1]), self._key_side(key_start, size[0])
+        words = dropouts.row_words(seed, *counters, query.index)
+        return jnp.where(dropouts.pairs_kept(spec.dropout, *words, key.index), x, 0)

@@ -1,0 +1,170 @@
+"""The TPU kernels, interpreted, against the plain equation: values and gradients of every feature and of pairs."""
+
+from functools import partial
+from itertools import combinations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zoo.kernels import Mask, engine, reference, tpu_blocks, tpu_flash
+from zoo.kernels.problem import build
+from zoo.kernels.tpu_blocks import Blocks
+from zoo.kernels.tpu_flash import TpuFlash
+
+B, T, S, N, K, H = 2, 300, 420, 4, 2, 64
+RNG = np.random.default_rng(0)
+
+FORWARD = Blocks(128, 256, 128, 128)
+BACKWARD = Blocks(256, 256, 128, 128)
+
+
+def per_side(high: int) -> tuple[np.ndarray, np.ndarray]:
+    queries, keys = (RNG.integers(1, high, size=(B, x)) for x in (T, S))
+    return np.sort(queries, 1), np.sort(keys, 1)
+
+
+def padded_segments() -> tuple[np.ndarray, np.ndarray]:
+    queries, keys = per_side(5)
+    queries[:, -30:], keys[:, -30:] = 0, 0
+    return queries, keys
+
+
+def permuted() -> tuple[np.ndarray, np.ndarray]:
+    queries, keys = (RNG.permuted(np.tile(np.arange(x), (B, 1)), axis=1) for x in (T, S))
+    return queries, keys
+
+
+FEATURES: dict[str, dict] = {
+    "causal": {"mask": Mask(causal=True)},
+    "window": {"mask": Mask(window=(70, 10))},
+    "prefix": {"mask": Mask(causal=True, prefix=np.array([5, 200]))},
+    "segments": {"mask": Mask(segments=padded_segments())},
+    "positions": {"mask": Mask(causal=True, positions=permuted())},
+    "lengths": {"mask": Mask(lengths=np.array([0, 400]))},
+    "where": {"mask": Mask(where=lambda q, k: (q + 2 * k) % 3 != 0)},
+    "soft_cap": {"soft_cap": 2.0},
+    "wide_cap": {"soft_cap": 100.0, "scale": 3.0},
+    "bound": {"logits_bound": 30.0},
+    "dropout": {"dropout": 0.3, "dropout_key": jax.random.key(1)},
+    "scale": {"scale": 0.3},
+    "multi_query": {},
+    "head_128": {},
+    "wide_values": {},
+}
+
+
+def arrays(features: tuple[str, ...]) -> tuple:
+    h = 128 if "head_128" in features else H
+    kv = 1 if "multi_query" in features else K
+    value = 2 * h if "wide_values" in features else h
+    rng = np.random.default_rng(1)
+    shapes = ((B, T, N, h), (B, S, kv, h), (B, S, kv, value), (B, T, N, value), (B, T, N))
+    return tuple(jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes)
+
+
+def options(features: tuple[str, ...]) -> dict:
+    mask, rest = Mask(), {}
+    for name in features:
+        mask = mask & FEATURES[name].get("mask", Mask())
+        rest |= {key: value for key, value in FEATURES[name].items() if key != "mask"}
+    return {"mask": mask, **rest}
+
+
+def value_and_gradients(attend, features: tuple[str, ...]):
+    q, k, v, d_out, d_lse = arrays(features)
+    given = options(features)
+
+    @jax.jit
+    def run(q, k, v):
+        def loss(q, k, v):
+            out, lse = attend(build(q, k, v, **given))
+            return jnp.sum(out * d_out) + jnp.sum(jnp.where(lse == -jnp.inf, 0, lse) * d_lse), (out, lse)
+
+        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+
+    (_, output), gradients = run(q, k, v)
+    return output, gradients
+
+
+def flash(turned: bool) -> TpuFlash:
+    return TpuFlash(FORWARD._replace(turned=turned), BACKWARD._replace(turned=turned), interpret=True)
+
+
+def compare(flash: TpuFlash, features: tuple[str, ...]) -> None:
+    expected, result = (value_and_gradients(x, features) for x in (reference.attend, partial(engine.attend, flash)))
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(result), strict=True):
+        bound = 2e-5 * max(1.0, np.max(np.abs(a), where=np.isfinite(a), initial=0))
+        np.testing.assert_allclose(b, a, rtol=0, atol=bound)
+
+
+def covering_sets() -> list[tuple[str, ...]]:
+    """Few sets of features that have every pair in one of them; the two soft caps exclude each other."""
+    rng = np.random.default_rng(0)
+    missing = {frozenset(pair) for pair in combinations(FEATURES, 2)} - {frozenset(("soft_cap", "wide_cap"))}
+    sets = []
+
+    def covered(names: set[str]) -> int:
+        return sum(pair <= names for pair in missing)
+
+    while missing:
+        draws = [set(rng.choice(list(FEATURES), 6, replace=False)) for _ in range(200)]
+        best = max((draw for draw in draws if not {"soft_cap", "wide_cap"} <= draw), key=covered)
+        missing = {pair for pair in missing if not pair <= best}
+        sets.append(tuple(sorted(best)))
+    return sets
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("feature", FEATURES)
+def test_feature(feature: str, turned: bool) -> None:
+    compare(flash(turned), (feature,))
+
+
+@pytest.mark.parametrize("features", covering_sets(), ids="+".join)
+def test_pairs_of_features(features: tuple[str, ...]) -> None:
+    compare(flash(turned=len(features[0]) % 2 == 0), features)
+
+
+@pytest.mark.parametrize("rise", [10.0, 60.0, 400.0])
+def test_scores_that_outgrow_the_reference(rise: float) -> None:
+    """Keys are visited from the last to the first: the first have scores that are greater by `rise`."""
+    q = jnp.ones((1, 128, 1, 64))
+    scores = jnp.where(jnp.arange(1024) < 300, rise, 0.0) + jnp.sin(jnp.arange(1024.0))
+    k = jnp.broadcast_to(scores[None, :, None, None] / 64, (1, 1024, 1, 64))
+    v = jax.random.normal(jax.random.key(0), k.shape)
+    problem = build(q, k, v, Mask(), scale=1.0)
+    expected, result = reference.attend(problem), engine.attend(flash(False), problem)
+    # A score itself is rounded to 2^-24 of its size.
+    np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=2e-5 + 2**-22 * rise)
+    np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6)
+
+
+def test_keys_in_parts() -> None:
+    """The backward pass cuts keys into parts whose sums fit VMEM."""
+    problem = build(*arrays(("causal",))[:3], Mask(causal=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip("TPU v5 lite", 2**20))
+        assert tpu_flash.keys_of_part(problem, BACKWARD) == 256
+        compare(flash(False), ("causal", "dropout", "segments"))
+
+
+def test_bfloat16() -> None:
+    q, k, v = (x.astype(jnp.bfloat16) for x in arrays(("causal",))[:3])
+    expected = reference.attend(build(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(causal=True)))
+    result = engine.attend(flash(False), build(q, k, v, Mask(causal=True)))
+    assert result.output.dtype == jnp.bfloat16
+    np.testing.assert_allclose(result.output.astype(jnp.float32), expected.output, atol=2e-2)
+
+
+def test_what_is_refused() -> None:
+    def refusal(dtype=jnp.float32, h=64, length=256, **options):
+        x = jnp.zeros((1, length, 1, h), dtype)
+        return tpu_flash.supports(build(x, x, x, Mask(), **options))
+
+    assert refusal() is None
+    assert refusal(jnp.float16) == "its arguments are float16: it takes bfloat16 and float32"
+    assert refusal(bias=jnp.ones(())) == "it has no bias"
+    assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
+    assert refusal(length=2**20, h=8) == "1 rows of 1048576 x 1048576 pairs make too long a list of blocks"
