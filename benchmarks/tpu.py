@@ -1,8 +1,8 @@
 """Compiling for TPUs that are not there, and the static schedule of the kernels in what comes out.
 
-Needs the package libtpu (0.0.52 is meant throughout) and no TPU. The compiler writes the program of each Pallas call as
-bundles: what the units of a core do in one cycle if nothing stalls. Schedules rank kernels on one chip; they are not
-times, for neither copies nor stalls are in them.
+Needs the extra `aot` (libtpu 0.0.52, which is meant throughout) and no TPU. The compiler writes the program of each
+Pallas call as bundles: what the units of a core do in one cycle if nothing stalls. Schedules rank kernels on one chip;
+they are not times, for neither copies nor stalls are in them.
 """
 
 import os

@@ -21,13 +21,14 @@ from zoo.kernels.work_list import FIRST, LAST, WHOLE
 class Operands(NamedTuple):
     """References: what is read, what is written, and what is kept between visits.
 
-    q [t, H], d_out [t, H'], rows [2, t] (log-sum-exp in base 2, delta), k [s, H], v [s, H'], k_turned [H, s] or None;
-    d_q [t, H], d_k [S, H], d_v [S, H'];
-    scaled [t, H], the scaled queries; sums of d_q, d_k, d_v. These are transposed where turned, and d_out_turned is
-    [H', t], elsewhere None.
+    q [t, H], out and d_out [t, H'], rows [2, t] (log-sum-exp in base 2, and its gradient), k [s, H], v [s, H'],
+    k_turned [H, s] or None; d_q [t, H], d_k [S, H], d_v [S, H'];
+    delta [1, t]: sum of d_out out, less the gradient of the log-sum-exp; scaled [t, H], the scaled queries; sums of
+    d_q, d_k, d_v. The last four are transposed where turned, and d_out_turned is [H', t], elsewhere None.
     """
 
     q: Any
+    out: Any
     d_out: Any
     rows: Any
     k: Any
@@ -35,6 +36,7 @@ class Operands(NamedTuple):
     d_q: Any
     d_k: Any
     d_v: Any
+    delta: Any
     scaled: Any
     sum_q: Any
     sum_k: Any
@@ -57,8 +59,11 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, key_block: ja
     def _start() -> None:
         scaled = o.q[...].astype(jnp.float32) * spec.query_factor
         o.scaled[...] = (scaled.T if blocks.turned else scaled).astype(spec.dtype)
+        # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
+        out, d_out = (x[...].astype(jnp.float32).T for x in (o.out, o.d_out))
+        o.delta[...] = (out * d_out).sum(0, keepdims=True) - o.rows[1:2, :]
         if blocks.turned:
-            o.d_out_turned[...] = o.d_out[...].astype(jnp.float32).T.astype(spec.dtype)
+            o.d_out_turned[...] = d_out.astype(spec.dtype)
         o.sum_q[...] = jnp.zeros(o.sum_q.shape, jnp.float32)
 
     @pl.when((flags & WHOLE) != 0)
@@ -107,7 +112,7 @@ def _tile(spec: Spec, o: Operands, pairs: Pairs, place: Any, key: Any, size: int
     x, capped = scores(spec, product(spec, o.k[keys, :], q, over))
     if masked:
         x = pairs.masked(x, key, part.start)
-    lse, delta = o.rows[0:1, part], o.rows[1:2, part]
+    lse, delta = o.rows[0:1, part], o.delta[:, part]
     weights = jnp.exp2(x - lse)
     d_weights = product(spec, o.v[keys, :], d_out, over)
     if spec.dropout:

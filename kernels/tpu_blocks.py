@@ -74,7 +74,7 @@ TABLE = (
     Entry("forward", 512, 1024, 512, 512, chip="v4"),
     Entry("backward", 512, 512, 256, 512, chip="v4"),
     Entry("forward", 512, 2048, 512, 1024),
-    Entry("backward", 512, 1024, 256, 1024),
+    Entry("backward", 512, 1024, 256, 512),
 )
 
 

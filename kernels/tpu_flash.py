@@ -137,7 +137,6 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
     """Keys in as many parts as the sums of their gradients need to fit VMEM; the parts' gradients of q are added."""
     p, keys = problem, problem.shape.keys
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse) * LOG2_E
-    delta = (output.out.astype(jnp.float32) * gradient.out.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - gradient.lse
     count = -(-keys // keys_of_part(p, blocks))
     size = -(-keys // (count * blocks.keys)) * blocks.keys
     d_q, d_k, d_v = [], [], []
@@ -147,7 +146,7 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
         mask = ResolvedMask(p.mask.query, key, p.mask.prefix, p.mask.lengths, rules=p.mask.rules)
         call = Call.of(p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask), blocks)
         dtype = p.q.dtype if count == 1 else jnp.float32
-        of_q, of_k, of_v = _backward_part(call, lse, delta, gradient.out, dtype, interpret)
+        of_q, of_k, of_v = _backward_part(call, output.out, lse, gradient, dtype, interpret)
         d_q, d_k, d_v = [*d_q, of_q], [*d_k, of_k], [*d_v, of_v]
     return Learned(sum(d_q[1:], d_q[0]).astype(p.q.dtype), jnp.concatenate(d_k, 1), jnp.concatenate(d_v, 1), None)
 
@@ -162,13 +161,14 @@ def keys_of_part(problem: Problem, blocks: Blocks) -> int:
 
 
 def _backward_part(
-    call: Call, lse: jax.Array, delta: jax.Array, d_out: jax.Array, d_q_dtype: Any, interpret: bool
+    call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """lse in base 2, +inf of an empty row."""
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
     extra = ((0, 0), (0, 0), (0, call.queries - shape.queries))
     # A query that only pads has the weights exp(x - inf).
-    rows = jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(delta, extra)], axis=2)
+    rows = jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(gradient.lse, extra)], axis=2)
 
     def query(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
         return b, call.query_block(scalars, b, step), k * spec.group + g
@@ -181,7 +181,8 @@ def _backward_part(
 
     inputs = {
         "q": tpu_layout.heads(p.q, call.queries, t, query),
-        "d_out": tpu_layout.heads(d_out, call.queries, t, query),
+        "out": tpu_layout.heads(out, call.queries, t, query),
+        "d_out": tpu_layout.heads(gradient.out, call.queries, t, query),
         "rows": tpu_layout.by_row(rows, t, query),
         "k": tpu_layout.heads(p.k, s, blocks.keys, key),
         "v": tpu_layout.heads(p.v, s, blocks.keys, key),
@@ -198,6 +199,7 @@ def _backward_part(
         return pltpu.VMEM((width, length) if blocks.turned else (length, width), dtype)
 
     scratch = {
+        "delta": pltpu.VMEM((1, t), jnp.float32),
         "scaled": kept(t, h, p.q.dtype),
         **({"d_out_turned": kept(t, value, p.q.dtype)} if blocks.turned else {}),
         "sum_q": kept(t, h, jnp.float32),
