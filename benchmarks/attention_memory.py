@@ -1,16 +1,20 @@
 """Memory of attention against length: temporaries of the compiled program, and the exponent of their growth.
 
     python -m benchmarks.attention_memory
-    python -m benchmarks.attention_memory --compile-for v5e --head-dim 128     (needs the extra `aot`, and no TPU)
+    python -m benchmarks.attention_memory --compile-for v5e     (needs the extra `aot`, and no TPU)
 
-Forward and backward, causal, 8 heads, bfloat16, for whatever `jax.default_backend()` is. The compiler's own figure
-(`memory_analysis`): nothing is run, so that lengths far beyond this machine can be asked for. Temporaries do not
-include arguments (q, k, v and the gradient of the output) and results (the output and three gradients).
+Forward and backward, causal, 8 heads of 64, bfloat16, for whatever `jax.default_backend()` is. The compiler's own
+figure (`memory_analysis`): nothing is run, so that lengths far beyond this machine can be asked for. Temporaries do
+not include arguments (q, k, v and the gradient of the output) and results (the output and three gradients).
+
+For a TPU: 8 heads of 128, `tpu_flash` beside the splash attention that JAX ships, and arrays as each of them reads
+them: [1, length, N H], and [N, length, H]. From [1, length, N, H] either needs a copy of every argument and result.
 """
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,33 +25,59 @@ from zoo.kernels import AttentionError, Mask, attention
 MIB = 2**20
 
 
-def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64, chip: str | None = None) -> int:
-    """Bytes of temporaries of one forward and backward pass over [1, length, heads, head_dim]; chip: a TPU's name."""
+def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64) -> int:
+    """Bytes of temporaries of one forward and backward pass over [1, length, heads, head_dim]."""
     shape = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.bfloat16)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
         output, pull = jax.vjp(lambda q, k, v: attention(q, k, v, Mask(causal=True), impl=impl), q, k, v)
         return output, pull(gradient)
 
-    shapes = (shape,) * 4
-    compiled = tpu.compile_for(chip, step, *shapes) if chip else jax.jit(step).lower(*shapes).compile()
-    memory = compiled.memory_analysis()
+    memory = jax.jit(step).lower(shape, shape, shape, shape).compile().memory_analysis()
     if memory is None:
         raise SystemExit(f"the backend {jax.default_backend()} does not say what memory a program takes: use cpu")
     return memory.temp_size_in_bytes
 
 
-def table(lengths: Sequence[int], head_dim: int, chip: str | None) -> list[str]:
-    """Lines of a Markdown table, a column pair for each implementation."""
-    impls = ("xla", "chunked", "tpu_flash") if chip else ("xla", "chunked")
-    lines = ["| length | " + " | ".join(f"{impl}, MiB | exponent" for impl in impls) + " |"]
-    lines.append("|---:" * (1 + 2 * len(impls)) + "|")
+def tpu_temporaries(chip: str, length: int, impl: str = "tpu_flash", heads: int = 8, head_dim: int = 128) -> int:
+    """Bytes of temporaries of one forward and backward pass, compiled for a TPU; impl: "tpu_flash" or "splash"."""
+    run = _splash(length, heads) if impl == "splash" else None
+    shape = jax.ShapeDtypeStruct((heads, length, head_dim) if run else (1, length, heads * head_dim), jnp.bfloat16)
+
+    def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        split = (x.reshape(1, length, heads, head_dim) for x in (q, k, v))
+        return attention(*split, Mask(causal=True), impl=impl).reshape(1, length, -1)
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
+        output, pull = jax.vjp(run or flash, q, k, v)
+        return output, pull(gradient)
+
+    return tpu.compile_for(chip, step, *(shape,) * 4).memory_analysis().temp_size_in_bytes
+
+
+def _splash(length: int, heads: int) -> Callable[..., jax.Array]:
+    """With separate kernels for the gradients of q and of k and v: the fused one keeps a part for each key block."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    sizes = splash.BlockSizes(
+        block_q=512, block_kv=2048, block_kv_compute=512, block_q_dkv=512, block_kv_dkv=2048, block_kv_dkv_compute=512,
+        block_q_dq=512, block_kv_dq=2048,
+    )  # fmt: skip
+    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
+    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+
+
+def table(lengths: Sequence[int], measures: Mapping[str, Callable[[int], int]]) -> list[str]:
+    """Lines of a Markdown table, a column pair for each of the measures."""
+    lines = ["| length | " + " | ".join(f"{impl}, MiB | exponent" for impl in measures) + " |"]
+    lines.append("|---:" * (1 + 2 * len(measures)) + "|")
     before: dict[str, tuple[int, int]] = {}
     for length in lengths:
         cells = [str(length)]
-        for impl in impls:
+        for impl, measure in measures.items():
             try:
-                size = temporaries(impl, length, head_dim=head_dim, chip=chip)
+                size = measure(length)
             except AttentionError:
                 cells += ["over budget", ""]
                 continue
@@ -64,13 +94,15 @@ def table(lengths: Sequence[int], head_dim: int, chip: str | None) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--compile-for", choices=tpu.TOPOLOGIES, help="a TPU that need not be there")
     given = parser.parse_args()
-    if given.compile_for:
+    chip = given.compile_for
+    measures = {impl: partial(temporaries, impl) for impl in ("xla", "chunked")}
+    if chip:
         tpu.prepare()
-    print(f"jax {jax.__version__}, {given.compile_for or jax.default_backend()}, 8 heads of {given.head_dim}")
-    for line in table(given.lengths, given.head_dim, given.compile_for):
+        measures = {impl: partial(tpu_temporaries, chip, impl=impl) for impl in ("tpu_flash", "splash")}
+    print(f"jax {jax.__version__}, {chip or jax.default_backend()}")
+    for line in table(given.lengths, measures):
         print(line)
 
 

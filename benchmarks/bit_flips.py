@@ -77,6 +77,8 @@ def main() -> int:
         if options.checkpoints is None:
             make(folder)
         else:
+            if len(manifest.checkpoint_folders(options.checkpoints)) < 2:
+                parser.error(f"{options.checkpoints} holds fewer than two checkpoints: name the folder of a longer run")
             shutil.copytree(options.checkpoints, folder)
         *_, path = manifest.checkpoint_folders(folder).values()
         files = sorted(file for file in path.rglob("*") if file.is_file())

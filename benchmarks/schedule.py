@@ -1,6 +1,6 @@
 """Static schedules of attention kernels on TPUs that are not there: bundles per 512 x 512 scores of an interior block.
 
-    pip install libtpu==0.0.52 && python -m benchmarks.schedule
+    pip install -e ".[aot]" && python -m benchmarks.schedule
 
 Causal, head size 128, bfloat16; the kernels of this project beside splash attention, which JAX ships, at block sizes
 that are good for each. A bundle is what a core does in a cycle if nothing stalls: the figures rank inner loops on one
@@ -11,14 +11,10 @@ The floor is what the matrix unit's issue slots allow for the products alone, ea
 
 import argparse
 import functools
-import multiprocessing
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from rich.progress import Progress
 
 from benchmarks import tpu
 
@@ -167,19 +163,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e"], choices=tpu.TOPOLOGIES)
     chips = parser.parse_args().chips
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(2, context, max_tasks_per_child=1) as pool, Progress(transient=True) as progress:
-        jobs = {(*kernel, chip): pool.submit(measure, *kernel, chip) for chip in chips for kernel in KERNELS}
-        floors = {chip: pool.submit(floor, chip) for chip in chips}
-        task = progress.add_task("compiling", total=len(jobs) + len(floors))
-        for job in (*jobs.values(), *floors.values()):
-            job.add_done_callback(lambda _: progress.advance(task))
-        figures = {key: job.result() for key, job in jobs.items()}
-        least = {chip: job.result() for chip, job in floors.items()}
+    figures = tpu.in_processes(measure, [(*kernel, chip) for chip in chips for kernel in KERNELS], share=1)
+    least = tpu.in_processes(floor, [(chip,) for chip in chips], share=1)
     print("| chip | kernel | | blocks | bundles | floor | above it | matrix unit | spills |")
     print("|---|---|---|---|---:|---:|---:|---:|---:|")
     for (implementation, which, chip), one in figures.items():
-        lowest = least[chip][which]
+        lowest = least[chip,][which]
         print(
             f"| {chip} | {which} | {implementation} | {one.blocks} | {one.bundles:.0f} | {lowest:.0f} | "
             f"{one.bundles / lowest - 1:.0%} | {one.matmul:.0%} | {one.spills:.0f} |"

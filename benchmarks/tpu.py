@@ -5,12 +5,15 @@ Pallas call as bundles: what the units of a core do in one cycle if nothing stal
 they are not times, for neither copies nor stalls are in them.
 """
 
+import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from rich.progress import Progress
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
@@ -31,6 +34,19 @@ def prepare(dump: Path | None = None) -> None:
     os.environ.update(_QUIET)
     if dump is not None:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+
+
+def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: int) -> dict[tuple, Any]:
+    """function(*case) of every case, two at a time behind a progress bar; a process has `share` of them, then ends.
+
+    Each process starts without jax, so that `prepare` can be called in it.
+    """
+    done = {}
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=share) as pool, Progress(transient=True) as bar:
+        jobs = {case: pool.apply_async(function, case) for case in cases}
+        for case, job in bar.track(jobs.items(), total=len(jobs), description="compiling"):
+            done[case] = job.get()
+    return done
 
 
 def compile_for(chip: str, function: Callable[..., Any], *shapes: Any) -> Any:

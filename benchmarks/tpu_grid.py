@@ -1,0 +1,89 @@
+"""Which attention calls compile for TPUs that are not there: head size x feature x chip, forward and backward.
+
+    pip install -e ".[aot]" && python -m benchmarks.tpu_grid
+
+bfloat16, 2 rows of 2048 queries and keys, 8 query heads over 2 key/value heads. `compiles` means that the compiler for
+that chip made a program of it within the chip's memories; nothing was run.
+"""
+
+import argparse
+from typing import Any
+
+from benchmarks import tpu
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+FEATURES = ("none", "causal", "window", "prefix", "segments", "positions", "lengths", "where", "soft_cap", "bound",
+            "dropout", "odd_lengths", "float32", "all")  # fmt: skip
+BATCH, LENGTH, HEADS, KV_HEADS = 2, 2048, 8, 2
+
+
+def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
+    """A function of q, k, v and integers [B, L], and the shapes of its arguments."""
+    import jax
+    import jax.numpy as jnp
+
+    from zoo.kernels import Mask, attention
+
+    def mask(rows: jax.Array) -> Mask:
+        every = feature == "all"
+        parts = {
+            "causal": Mask(causal=True),
+            "window": Mask(window=512),
+            "prefix": Mask(causal=True, prefix=rows[:, 0]),
+            "segments": Mask(segments=rows),
+            "positions": Mask(causal=True, positions=rows),
+            "lengths": Mask(lengths=rows[:, 0]),
+            "where": Mask(where=lambda q, k: (q + k) % 3 != 0),
+        }
+        whole = Mask()
+        for name, part in parts.items():
+            whole = whole & part if every or name == feature else whole
+        return whole
+
+    options: dict[str, Any] = {}
+    if feature in ("soft_cap", "all"):
+        options["soft_cap"] = 100.0
+    if feature == "bound":
+        options["logits_bound"] = 20.0
+    if feature in ("dropout", "all"):
+        options |= {"dropout": 0.1, "dropout_key": jax.random.key(0)}
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> Any:
+        out, pull = jax.vjp(lambda *x: attention(*x, mask(rows), impl="tpu_flash", **options), q, k, v)
+        return out, pull(out)
+
+    length = LENGTH - 100 if feature == "odd_lengths" else LENGTH
+    dtype = jnp.float32 if feature == "float32" else jnp.bfloat16
+    heads = [jax.ShapeDtypeStruct((BATCH, length, n, head_dim), dtype) for n in (HEADS, KV_HEADS, KV_HEADS)]
+    return step, [*heads, jax.ShapeDtypeStruct((BATCH, length), jnp.int32)]
+
+
+def compiles(chip: str, head_dim: int, feature: str) -> str:
+    """ "compiles", or the first line of what the compiler said."""
+    tpu.prepare()
+    step, shapes = call(feature, head_dim)
+    try:
+        tpu.compile_for(chip, step, *shapes)
+    except Exception as error:  # Whatever the compiler raises is the answer.
+        return str(error).strip().splitlines()[0][:200]
+    return "compiles"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e"], choices=tpu.TOPOLOGIES)
+    chips = parser.parse_args().chips
+    cases = [(chip, head_dim, feature) for chip in chips for feature in FEATURES for head_dim in HEAD_DIMS]
+    answers = tpu.in_processes(compiles, cases, share=20)
+    print("| chip | feature | " + " | ".join(f"H = {head_dim}" for head_dim in HEAD_DIMS) + " |")
+    print("|---|---|" + "---|" * len(HEAD_DIMS))
+    for chip in chips:
+        for feature in FEATURES:
+            row = [answers[chip, head_dim, feature] for head_dim in HEAD_DIMS]
+            print(f"| {chip} | {feature} | " + " | ".join(row) + " |")
+    good = sum(answer == "compiles" for answer in answers.values())
+    print(f"{good} of {len(cases)} compile")
+
+
+if __name__ == "__main__":
+    main()
