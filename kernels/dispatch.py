@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from zoo.kernels import engine, layout, reference, tpu_flash
+from zoo.kernels import engine, layout, reference, ring, tpu_flash, ulysses
 from zoo.kernels.bias import Bias
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform
@@ -25,10 +25,14 @@ SMALL_SCORES = 2**18
 
 
 class Implementation(NamedTuple):
-    """supports(problem) is None, or the reason why it cannot take it; problem's arrays are one device's part."""
+    """supports(problem) is None, or the reason why it cannot take it; problem's arrays are one device's part.
+
+    cuts_keys: whether it takes keys and values cut along the length, as the queries are.
+    """
 
     attend: Callable[[Problem], AttentionOutput]
     supports: Callable[[Problem], str | None]
+    cuts_keys: bool = False
 
 
 def score_bytes(problem: Problem) -> int:
@@ -50,6 +54,8 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "tpu_flash": Implementation(
         partial(engine.attend, ByPlatform(TpuFlash(), TpuFlash(interpret=True))), tpu_flash.supports
     ),
+    "ring": Implementation(ring.attend, ring.supports, cuts_keys=True),
+    "ulysses": Implementation(ulysses.attend, ulysses.supports, cuts_keys=True),
 }
 
 
@@ -122,13 +128,20 @@ def attention(
         function of the key and the global indices: the same for every implementation and every sharding.
     scale: factor of the products, 1 / sqrt(H) where not given.
     impl: "auto", "xla", "chunked" or "tpu_flash" (elsewhere than on a TPU it is interpreted, for tests); see `explain`.
+        "ring" and "ulysses" cut k and v over the mesh axes of the length as q is (T equal S), where all others gather
+        them: name one for lengths that a device cannot hold. `auto` takes neither.
     partition: how q's [B, T, N] are cut over the mesh: a PartitionSpec, or a NamedSharding where no mesh is set. Not
         needed under `zoo.sharding.use` or an Explicit mesh. Inside a caller's shard_map it names what that has cut.
     return_lse: also return the log-sum-exp [B, T, N] of the scores, without sinks; gradients flow through it.
 
     Raises AttentionError, one line, where arguments do not fit.
     """
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        near = difflib.get_close_matches(impl, ["auto", *IMPLEMENTATIONS], n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"give auto, {' or '.join(IMPLEMENTATIONS)}"
+        raise AttentionError(f"impl={impl!r} is unknown: {hint}")
     problem, place = _prepare(
+        impl != "auto" and IMPLEMENTATIONS[impl].cuts_keys,
         jnp.asarray(q),
         jnp.asarray(k),
         jnp.asarray(v),
@@ -142,21 +155,19 @@ def attention(
         scale=scale,
     )
     sinks = _check_sinks(sinks, problem.shape)
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        near = difflib.get_close_matches(impl, ["auto", *IMPLEMENTATIONS], n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"give auto, {' or '.join(IMPLEMENTATIONS)}"
-        raise AttentionError(f"impl={impl!r} is unknown: {hint}")
     output = _place(impl, place, problem, sinks)
     return output if return_lse else output.output
 
 
 def _prepare(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, partition: layout.Partition, **options: Any
+    cuts_keys: bool, q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, partition: layout.Partition, **options: Any
 ) -> tuple[Problem, layout.Layout]:
     shape = check_arrays(q, k, v)
     drops = options["dropout"] > 0 and options["dropout_key"] is not None
-    place = layout.find(q, k, v, partition, needs_indices=drops or isinstance(options["bias"], Bias))
-    return build(q, k, v, mask, origin=layout.origin(place.manual, shape), **options), place
+    needs_indices = drops or isinstance(options["bias"], Bias)
+    place = layout.find(q, k, v, partition, needs_indices=needs_indices, cuts_keys=cuts_keys)
+    origin = layout.origin(place, shape)
+    return build(q, k, v, mask, origin=origin, length_axes=place.keys, **options), place
 
 
 def _check_sinks(sinks: ArrayLike | None, shape: Shape) -> jax.Array | None:
@@ -236,22 +247,25 @@ def explain(
 
     Runs nothing. Raises AttentionError as `attention` does.
     """
-    answers: list[Candidate] = []
+    answers: dict[str, Candidate] = {}
 
-    def record(problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+    def record(cuts_keys: bool, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
         choice = choose(problem)
         platforms = {(True, True): "everywhere", (True, False): "on TPUs", (False, True): "elsewhere"}
-        answers[:] = [
-            Candidate(name, one.supports(problem), platforms.get((name == choice.tpu, name == choice.elsewhere)))
-            for name, one in IMPLEMENTATIONS.items()
-        ]
-        return _attend("auto", problem, sinks)
+        for name, one in IMPLEMENTATIONS.items():
+            if one.cuts_keys == cuts_keys:
+                where = platforms.get((name == choice.tpu, name == choice.elsewhere))
+                answers[name] = Candidate(name, one.supports(problem), where)
+        if not cuts_keys:
+            return _attend("auto", problem, sinks)
+        rows = problem.q.shape[:3]
+        return AttentionOutput(jnp.zeros((*rows, problem.v.shape[3]), problem.q.dtype), jnp.zeros(rows, problem.dtype))
 
     def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: Any, key: jax.Array | None) -> None:
-        problem, place = _prepare(
-            q, k, v, mask, partition, bias=bias, soft_cap=soft_cap, dropout=dropout, dropout_key=key, scale=scale
-        )
-        layout.run(place, record, problem, None)
+        options = {"bias": bias, "soft_cap": soft_cap, "dropout": dropout, "dropout_key": key, "scale": scale}
+        for cuts_keys in (False, True):
+            problem, place = _prepare(cuts_keys, q, k, v, mask, partition, **options)
+            layout.run(place, partial(record, cuts_keys), problem, None)
 
     jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)
-    return answers
+    return list(answers.values())

@@ -2,8 +2,9 @@
 
 A hand-written kernel is opaque to the partitioner, so attention runs inside shard_map: rows over the mesh axes of the
 batch, query heads over those of the heads (keys and values with them, or whole where they are fewer), and queries
-over those of the length, with keys and values gathered. A caller that is inside shard_map already is not wrapped
-again (axes that it left open are the partitioner's); `partition=` then serves to know the global indices.
+over those of the length, with keys and values gathered, or cut alike for what passes them on itself. A caller that is
+inside shard_map already is not wrapped again (axes that it left open are the partitioner's); `partition=` then serves
+to know the global indices.
 """
 
 import math
@@ -18,7 +19,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from zoo import sharding
 from zoo.kernels.bias import Bias
 from zoo.kernels.mask import AttentionError, ResolvedMask, Side
-from zoo.kernels.problem import AttentionOutput, Origin, Problem, Shape
+from zoo.kernels.problem import AttentionOutput, Origin, Problem, Shape, keeps_groups
 
 Names = tuple[str, ...]
 Partition = PartitionSpec | NamedSharding | None
@@ -35,18 +36,32 @@ class Cut(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """mesh: of the shard_map to run in, which cuts by `cut`; None for none. manual: the cut of a caller's shard_map."""
+    """mesh: of the shard_map to run in, which cuts by `cut`; None for none. manual: the cut of a caller's shard_map.
+
+    keys: the axes that cut keys and values, those of the queries or none.
+    """
 
     mesh: Mesh | AbstractMesh | None
     cut: Cut = Cut()
     manual: Cut = Cut()
+    keys: Names = ()
 
 
-def find(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, *, needs_indices: bool) -> Layout:
+def find(
+    q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, *, needs_indices: bool, cuts_keys: bool = False
+) -> Layout:
     """From `partition`, else from the types under an Explicit mesh, else by the rules of `zoo.sharding.use`.
 
     needs_indices: whether the result depends on global indices of rows and heads (dropout, Bias).
+    cuts_keys: whether to cut keys and values as the queries are; they stay whole where T is not S.
     """
+    layout = _of_queries(q, k, v, partition, needs_indices)
+    if not cuts_keys or q.shape[1] != k.shape[1]:
+        return layout
+    return layout._replace(keys=layout.cut.queries or layout.manual.queries)
+
+
+def _of_queries(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, needs_indices: bool) -> Layout:
     spec = partition.spec if isinstance(partition, NamedSharding) else partition
     mesh = _mesh(q, partition)
     if mesh is None:
@@ -82,19 +97,22 @@ def _manual_cut(mesh: Mesh | AbstractMesh, spec: PartitionSpec | None, needs_ind
     return Cut(*(tuple(axis for axis in names if axis in manual) for names in cut))
 
 
-def origin(manual: Cut, shape: Shape) -> Origin:
-    """Global indices of the first row, query and query head, where a caller's shard_map has cut them."""
-    if manual.queries and shape.keys == shape.queries:
+def origin(layout: Layout, shape: Shape) -> Origin:
+    """Global indices of the first row, query, query head and key, where a caller's shard_map has cut them."""
+    manual = layout.manual
+    if manual.queries and not layout.keys and shape.keys == shape.queries:
         raise AttentionError(
             f"inside shard_map over {'/'.join(manual.queries)} keys and values are cut as the queries are "
-            f"(T=S={shape.keys}): gather them first with jax.lax.all_gather(..., axis=1, tiled=True)"
+            f"(T=S={shape.keys}): give impl='ring' or impl='ulysses', "
+            "or gather them first with jax.lax.all_gather(..., axis=1, tiled=True)"
         )
 
     def first(names: Names, size: int) -> jax.Array | int:
         return jax.lax.axis_index(names) * size if names else 0
 
+    query = first(manual.queries, shape.queries)
     return Origin(
-        first(manual.batch, shape.batch), first(manual.queries, shape.queries), first(manual.heads, shape.heads)
+        first(manual.batch, shape.batch), query, first(manual.heads, shape.heads), key=query if layout.keys else 0
     )
 
 
@@ -118,7 +136,7 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
 
     heads = PartitionSpec(cut.heads or None)
     specs = (
-        _specs(problem, cut, () if shares else cut.heads),
+        _specs(problem, cut, layout.keys, () if shares else cut.heads),
         None if sinks is None else heads,
         None if group is None else heads,
     )
@@ -133,7 +151,7 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*arguments)
 
 
-def _specs(problem: Problem, cut: Cut, kv_heads: Names) -> Problem:
+def _specs(problem: Problem, cut: Cut, keys: Names, kv_heads: Names) -> Problem:
     """The problem with PartitionSpecs in the place of arrays."""
     batch, queries, heads = (names or None for names in cut)
     rows = problem.shape.batch
@@ -151,13 +169,13 @@ def _specs(problem: Problem, cut: Cut, kv_heads: Names) -> Problem:
     elif bias is not None:
         whole = (batch, heads, queries, None)
         bias = PartitionSpec(*(names if size > 1 else None for names, size in zip(whole, bias.shape, strict=True)))
-    kv = PartitionSpec(batch, None, kv_heads or None)
+    kv = PartitionSpec(batch, keys or None, kv_heads or None)
     return problem.replace(
         q=PartitionSpec(batch, queries, heads),
         k=kv,
         v=kv,
         mask=ResolvedMask(
-            side(mask.query, queries), side(mask.key, None), of(mask.prefix), of(mask.lengths), rules=mask.rules
+            side(mask.query, queries), side(mask.key, keys or None), of(mask.prefix), of(mask.lengths), rules=mask.rules
         ),
         bias=bias,
         seed=None if problem.seed is None else PartitionSpec(),
@@ -189,12 +207,7 @@ def _by_rules(q: jax.Array, k: jax.Array, mesh: AbstractMesh, rules: sharding.Ru
     """The rules' spec; heads stay whole where groups would be torn apart."""
     spec = sharding.partition_spec(("act_batch", "act_length", "act_heads", None), q.shape, mesh, rules)
     ways = math.prod(mesh.shape[axis] for axis in _entries(spec, mesh).heads)
-    return spec if _keeps_groups(q.shape[2], k.shape[2], ways) else PartitionSpec(*spec[:2])
-
-
-def _keeps_groups(heads: int, kv_heads: int, ways: int) -> bool:
-    """Whether each part of the query heads has key/value heads of its own, or one that it shares."""
-    return kv_heads % ways == 0 or (heads // kv_heads) % (heads // ways) == 0
+    return spec if keeps_groups(q.shape[2], k.shape[2], ways) else PartitionSpec(*spec[:2])
 
 
 def _entries(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Cut:
@@ -217,7 +230,7 @@ def _check_divides(cut: Cut, q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMe
             sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
             raise AttentionError(f"{name}={size} does not divide over {sizes}: partition it over a divisor of {size}")
     ways = math.prod(mesh.shape[axis] for axis in cut.heads)
-    if not _keeps_groups(q.shape[2], k.shape[2], ways):
+    if not keeps_groups(q.shape[2], k.shape[2], ways):
         raise AttentionError(
             f"{q.shape[2]} query heads in {k.shape[2]} groups do not divide over {ways} parts: "
             "choose a divisor of the groups, or a multiple of them that divides the heads"

@@ -182,13 +182,21 @@ class ResolvedMask:
         return dataclasses.replace(self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths)
 
 
-def resolve(mask: Mask, batch: int, queries: int, keys: int, first_query: jax.Array | int = 0) -> ResolvedMask:
+def resolve(
+    mask: Mask,
+    batch: int,
+    queries: int,
+    keys: int,
+    first_query: jax.Array | int = 0,
+    first_key: jax.Array | int = 0,
+) -> ResolvedMask:
     """The mask for arrays of these sizes; raises AttentionError where one of its arrays does not fit."""
     left, right = mask.limits
     segments = _pair(mask.segments, "segments", batch, queries, keys)
     positions = _pair(mask.positions, "positions", batch, queries, keys)
     sides = []
-    for first, length, position, segment in zip((first_query, 0), (queries, keys), positions, segments, strict=True):
+    firsts = (first_query, first_key)
+    for first, length, position, segment in zip(firsts, (queries, keys), positions, segments, strict=True):
         index = first + jnp.arange(length, dtype=jnp.int32)
         sides.append(Side(index, index[None] if position is None else position, segment))
     return ResolvedMask(

@@ -26,11 +26,12 @@ class AttentionOutput(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Global indices of the first row, query and query head of arrays that are a part of a whole."""
+    """Global indices of the first row, query, query head and key of arrays that are a part of a whole."""
 
     row: jax.Array | int = 0
     query: jax.Array | int = 0
     head: jax.Array | int = 0
+    key: jax.Array | int = 0
 
 
 WHOLE = Origin()
@@ -50,7 +51,7 @@ class Shape(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "k", "v", "mask", "bias", "seed", "batch", "heads"),
-    meta_fields=("scale", "soft_cap", "bound", "dropout"),
+    meta_fields=("scale", "soft_cap", "bound", "dropout", "length_axes"),
 )
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -59,6 +60,7 @@ class Problem:
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, H']; bias with four dimensions, or a Bias, or None.
     seed: uint32 words, or None without dropout; batch [B] and heads [N]: global indices of rows and query heads.
     bound: no score is greater or less than it; None where that is not known.
+    length_axes: mesh axes of the enclosing shard_map that cut T and S alike; none where k and v are whole.
     """
 
     q: jax.Array
@@ -73,6 +75,7 @@ class Problem:
     soft_cap: float | None
     bound: float | None
     dropout: float
+    length_axes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> Shape:
@@ -106,6 +109,7 @@ def build(
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
     origin: Origin = WHOLE,
+    length_axes: tuple[str, ...] = (),
 ) -> Problem:
     """The checked call; raises AttentionError where arguments do not fit one another."""
     shape = check_arrays(q, k, v)
@@ -117,7 +121,7 @@ def build(
         raise AttentionError(f"logits_bound={logits_bound} is not positive: give a positive number, or None if unknown")
     bounds = [float(x) for x in (soft_cap, logits_bound) if x is not None]
     seed = None if dropout_key is None or dropout == 0 else dropouts.words(dropout_key)
-    resolved = resolve(mask, shape.batch, shape.queries, shape.keys, first_query=origin.query)
+    resolved = resolve(mask, shape.batch, shape.queries, shape.keys, origin.query, origin.key)
     return Problem(
         q=_without_padding(q, resolved.query, None),
         k=_without_padding(k, resolved.key, resolved.lengths),
@@ -131,6 +135,7 @@ def build(
         soft_cap=None if soft_cap is None else float(soft_cap),
         bound=min(bounds, default=None) if bias is None else None,
         dropout=0.0 if seed is None else float(dropout),
+        length_axes=length_axes,
     )
 
 
@@ -168,6 +173,11 @@ def check_arrays(q: jax.Array, k: jax.Array, v: jax.Array) -> Shape:
     if shape.heads % shape.kv_heads:
         raise AttentionError(f"{shape.heads} query heads do not divide over {shape.kv_heads} key/value heads")
     return shape
+
+
+def keeps_groups(heads: int, kv_heads: int, ways: int) -> bool:
+    """Whether each part of the query heads has key/value heads of its own, or one that it shares."""
+    return kv_heads % ways == 0 or (heads // kv_heads) % (heads // ways) == 0
 
 
 def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
