@@ -31,8 +31,8 @@ Tree = TypeVar("Tree")
 def supports(problem: Problem) -> str | None:
     if not problem.length_axes:
         return (
-            "it needs T = S, cut over a mesh axis: name it with partition=PartitionSpec(batch, length, heads), "
-            "or lay act_length over one under zoo.sharding.use(mesh)"
+            "no mesh axis cuts T = S: name one with partition=PartitionSpec(batch, length, heads), "
+            "or use a mesh of sequence=N"
         )
     if problem.bias is not None and not isinstance(problem.bias, Bias):
         return "it takes no array as bias: give a Bias, which is a function of positions"
