@@ -78,6 +78,21 @@ def test_several_slices_lie_outermost_on_data():
         sharding.device_grid((1, 8, 1, 1, 1, 1), devices)
 
 
+@pytest.mark.parametrize("sides", [(4, 4), (3, 4), (2, 3, 5), (2, 2), (2,), (8,), (5,)])
+def test_a_ring_passes_between_neighbours(sides: tuple[int, ...]):
+    """The middle axis of a mesh spans the sides; the others lie beside it."""
+    count = int(np.prod(sides))
+    grid = np.empty((2, count, 2), object)
+    for a, i, b in np.ndindex(grid.shape):
+        grid[a, i, b] = SimpleNamespace(coords=(*np.unravel_index(i, sides), 2 * a + b))
+    laid = sharding.in_a_cycle(grid, 1)
+    for a, b in np.ndindex(2, 2):
+        coords = np.array([device.coords for device in laid[a, :, b]])
+        assert len({tuple(place) for place in coords}) == count and (coords[:, -1] == 2 * a + b).all()
+        longest = 1 if len(sides) > 1 else 2
+        assert np.abs(coords - np.roll(coords, 1, axis=0)).sum(1).max() <= longest
+
+
 def test_parameters_follow_the_rules(mesh: jax.sharding.Mesh):
     model = sharding.initialize(build, jax.random.key(0), mesh=mesh)
     assert model.up.get_value().sharding.spec == PartitionSpec("fsdp", "tensor")
