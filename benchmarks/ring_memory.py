@@ -9,7 +9,7 @@ are q, k, v and the gradient of the output; results are the output and three gra
 
 import argparse
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks import tpu
@@ -27,33 +27,28 @@ class Memory(NamedTuple):
     results: int
     temporaries: int
 
-    @property
-    def total(self) -> int:
-        return sum(self)
-
 
 def compiled(length: int, chips: int, heads: int = 8, head_dim: int = 128) -> Any:
     """The program of one forward and backward pass over [1, length, heads, head_dim]."""
     import jax
     import jax.numpy as jnp
-    import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+    from jax.sharding import NamedSharding, PartitionSpec
 
+    from zoo import sharding
     from zoo.kernels import Mask, attention
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=SLICES[chips]).devices
-    mesh = Mesh(np.array(devices), ("sequence",), axis_types=(AxisType.Auto,))
-    cut = PartitionSpec(None, "sequence")
-    attend = functools.partial(attention, mask=Mask(causal=True), impl="ring", partition=cut)
+    mesh = sharding.make_mesh({"sequence": chips}, devices)
+    attend = functools.partial(attention, mask=Mask(causal=True), impl="ring")
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
         output, pull = jax.vjp(attend, q, k, v)
         return output, pull(gradient)
 
-    place = NamedSharding(mesh, cut)
+    place = NamedSharding(mesh, PartitionSpec(None, "sequence"))
     shape = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.bfloat16, sharding=place)
-    with jax.set_mesh(mesh):
+    with sharding.use(mesh):
         return jax.jit(step, out_shardings=place).lower(shape, shape, shape, shape).compile()
 
 
@@ -62,14 +57,13 @@ def memory(program: Any) -> Memory:
     return Memory(found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes)
 
 
-def table(lengths: Sequence[int], slices: Sequence[int]) -> list[str]:
+def table(lengths: Sequence[int], slices: Sequence[int]) -> Iterator[str]:
     """Lines of a Markdown table, MiB a chip."""
-    lines = ["| length | chips | arguments, MiB | results, MiB | temporaries, MiB |", "|---:" * 5 + "|"]
+    yield from ("| length | chips | arguments, MiB | results, MiB | temporaries, MiB |", "|---:" * 5 + "|")
     for chips in slices:
         for length in lengths:
             sizes = " | ".join(f"{size / MIB:.1f}" for size in memory(compiled(length, chips)))
-            lines.append(f"| {length} | {chips} | {sizes} |")
-    return lines
+            yield f"| {length} | {chips} | {sizes} |"
 
 
 def main() -> None:
@@ -79,7 +73,7 @@ def main() -> None:
     chosen = parser.parse_args()
     tpu.prepare()
     for line in table(chosen.lengths, chosen.chips):
-        print(line)
+        print(line, flush=True)
 
 
 if __name__ == "__main__":
