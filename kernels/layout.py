@@ -8,7 +8,7 @@ to know the global indices.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -62,24 +62,19 @@ def find(
 
 
 def _of_queries(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, needs_indices: bool) -> Layout:
-    spec = partition.spec if isinstance(partition, NamedSharding) else partition
-    mesh = _mesh(q, partition)
+    mesh, spec = given(q, partition, AttentionError)
     if mesh is None:
-        if any(spec or ()):
-            raise AttentionError(
-                f"partition={spec} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {spec})"
-            )
         return Layout(None)
-    if _axes(mesh, AxisType.Manual):
+    if axes_of_type(mesh, AxisType.Manual):
         return Layout(None, manual=_manual_cut(mesh, spec, needs_indices))
     rules = sharding.active()
-    explicit = bool(_axes(mesh, AxisType.Explicit))
+    explicit = bool(axes_of_type(mesh, AxisType.Explicit))
     if spec is None and explicit:
         spec = jax.typeof(q).sharding.spec
     elif spec is None and rules is not None:
         spec = _by_rules(q, k, *rules)
-    elif spec is None and _maybe_sharded(mesh, q, k, v):
-        raise AttentionError(f"attention of arrays on a mesh of {_sizes(mesh)}: {_TWO_WAYS}")
+    elif spec is None and maybe_sharded(mesh, q, k, v):
+        raise AttentionError(f"attention of arrays on a mesh of {sizes(mesh)}: {_TWO_WAYS}")
     cut = _entries(spec or PartitionSpec(), mesh)
     _check_divides(cut, q, k, mesh)
     return Layout(mesh, cut) if any(cut) or explicit else Layout(None)
@@ -87,7 +82,7 @@ def _of_queries(q: jax.Array, k: jax.Array, v: jax.Array, partition: Partition, 
 
 def _manual_cut(mesh: Mesh | AbstractMesh, spec: PartitionSpec | None, needs_indices: bool) -> Cut:
     """What a caller's shard_map has cut of what `spec` names."""
-    manual = _axes(mesh, AxisType.Manual)
+    manual = axes_of_type(mesh, AxisType.Manual)
     if spec is None and needs_indices and any(mesh.shape[axis] > 1 for axis in manual):
         raise AttentionError(
             f"attention inside shard_map over {'/'.join(manual)} with dropout or a Bias depends on global indices: "
@@ -142,11 +137,7 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
     )
     arguments: Any = (problem, sinks, group)
     if AxisType.Explicit in mesh.axis_types:
-
-        def lay(spec: PartitionSpec, part: Any) -> Any:
-            return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
-
-        arguments = jax.tree.map(lay, specs, arguments, is_leaf=lambda x: isinstance(x, PartitionSpec))
+        arguments = resharded(mesh, specs, arguments)
     out = PartitionSpec(*(names or None for names in cut))
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*arguments)
 
@@ -184,19 +175,39 @@ def _specs(problem: Problem, cut: Cut, keys: Names, kv_heads: Names) -> Problem:
     )
 
 
-def _mesh(q: jax.Array, partition: Partition) -> Mesh | AbstractMesh | None:
-    """The mesh that is set, else that of the arguments' types, else that of `partition`; None where there is none."""
-    candidates = [jax.sharding.get_abstract_mesh(), jax.typeof(q).sharding.mesh]
+def given(
+    x: jax.Array, partition: Partition, error: type[ValueError]
+) -> tuple[Mesh | AbstractMesh | None, PartitionSpec | None]:
+    """The mesh that is set, else that of x's type, else that of `partition`, None where there is none; and the spec.
+
+    Raises `error` for a spec and no mesh.
+    """
+    candidates = [jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh]
     if isinstance(partition, NamedSharding):
+        spec = partition.spec
         candidates.append(partition.mesh)
-    return next((mesh for mesh in candidates if not mesh.empty), None)
+    else:
+        spec = partition
+    mesh = next((mesh for mesh in candidates if not mesh.empty), None)
+    if mesh is None and any(spec or ()):
+        raise error(f"partition={spec} and no mesh is set: use jax.set_mesh(mesh) or NamedSharding(mesh, {spec})")
+    return mesh, spec
 
 
-def _axes(mesh: Mesh | AbstractMesh, kind: AxisType) -> Names:
+def resharded(mesh: Mesh | AbstractMesh, specs: Any, arrays: Any) -> Any:
+    """The arrays laid out by a tree of specs that is a prefix of theirs: what shard_map asks of an Explicit mesh."""
+
+    def lay(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.sharding.reshard(x, NamedSharding(mesh, spec)), part)
+
+    return jax.tree.map(lay, specs, arrays, is_leaf=lambda x: isinstance(x, PartitionSpec))
+
+
+def axes_of_type(mesh: Mesh | AbstractMesh, kind: AxisType) -> Names:
     return tuple(axis for axis, one in zip(mesh.axis_names, mesh.axis_types, strict=True) if one == kind)
 
 
-def _maybe_sharded(mesh: Mesh | AbstractMesh, *arrays: jax.Array) -> bool:
+def maybe_sharded(mesh: Mesh | AbstractMesh, *arrays: jax.Array) -> bool:
     """Whether arrays may be cut over the mesh; inside jit their layout is not known."""
     if mesh.size == 1:
         return False
@@ -213,22 +224,39 @@ def _by_rules(q: jax.Array, k: jax.Array, mesh: AbstractMesh, rules: sharding.Ru
 def _entries(spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Cut:
     if len(spec) > 3 and any(spec[3:]):
         raise AttentionError(f"partition {spec} cuts the head size: only B, T and N can be cut")
-    entries = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in spec[:3]]
+    return Cut(*named(PartitionSpec(*spec[:3]), mesh, AttentionError))
+
+
+def named(spec: PartitionSpec, mesh: Mesh | AbstractMesh, error: type[ValueError]) -> list[Names]:
+    """The mesh axes of each entry of a partition; raises `error` for one that is named twice or that mesh lacks."""
+    entries = [names_of(entry) for entry in spec]
     axes = [axis for names in entries for axis in names]
     for axis in axes:
         if axes.count(axis) > 1:
-            raise AttentionError(f"partition {spec} names {axis!r} twice: a mesh axis cuts one dimension")
+            raise error(f"partition {spec} names {axis!r} twice: a mesh axis cuts one dimension")
         if axis not in mesh.axis_names:
-            raise AttentionError(f"partition names {axis!r}: the mesh has the axes {', '.join(mesh.axis_names)}")
-    return Cut(*entries)
+            raise error(f"partition names {axis!r}: the mesh has the axes {', '.join(mesh.axis_names)}")
+    return entries
+
+
+def names_of(entry: Any) -> Names:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def check_divides(
+    mesh: Mesh | AbstractMesh, error: type[ValueError], dimensions: Iterable[tuple[str, int, Names]]
+) -> None:
+    """Raises `error` for a dimension (name, size, mesh axes) that its axes do not divide."""
+    for name, size, names in dimensions:
+        ways = math.prod(mesh.shape[axis] for axis in names)
+        if size % ways:
+            axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
+            raise error(f"{name}={size} does not divide over {axes}: partition it over a divisor of {size}")
 
 
 def _check_divides(cut: Cut, q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMesh) -> None:
-    for name, names, size in zip(("B", "T", "N"), cut, q.shape, strict=False):
-        ways = math.prod(mesh.shape[axis] for axis in names)
-        if size % ways:
-            sizes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in names)
-            raise AttentionError(f"{name}={size} does not divide over {sizes}: partition it over a divisor of {size}")
+    check_divides(mesh, AttentionError, zip(("B", "T", "N"), q.shape[:3], cut, strict=True))
     ways = math.prod(mesh.shape[axis] for axis in cut.heads)
     if not keeps_groups(q.shape[2], k.shape[2], ways):
         raise AttentionError(
@@ -237,5 +265,5 @@ def _check_divides(cut: Cut, q: jax.Array, k: jax.Array, mesh: Mesh | AbstractMe
         )
 
 
-def _sizes(mesh: Mesh | AbstractMesh) -> str:
+def sizes(mesh: Mesh | AbstractMesh) -> str:
     return ",".join(f"{axis}={size}" for axis, size in mesh.shape.items())
