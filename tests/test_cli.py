@@ -98,7 +98,7 @@ def test_a_mistake_is_one_line(arguments: list[str], words: str, capsys: pytest.
     assert words in mistake(capsys, *arguments)
 
 
-@pytest.mark.parametrize("flags", [("--optimizer.name", "adamx"), ("--objective.chunk", "7"), ("--mesh", "tensor=8")])
+@pytest.mark.parametrize("flags", [("--optimizer.name", "adamx"), ("--mesh", "tensor=8")])
 def test_a_run_that_cannot_start_leaves_no_folder(
     flags: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

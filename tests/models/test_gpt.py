@@ -148,6 +148,13 @@ def test_hidden_states_and_logits_are_the_whole() -> None:
     np.testing.assert_allclose(logits[..., :200], logits_of(model, TOKENS), atol=1e-6)
 
 
+def test_the_head_is_what_logits_score_with() -> None:
+    model = lively()
+    hidden, head = model.hidden(TOKENS), model.head()
+    assert head.kernel.shape == (32, 256) and head.vocabulary == 200
+    np.testing.assert_allclose((hidden @ head.kernel)[..., :200], model.logits(hidden)[..., :200], atol=1e-5)
+
+
 def test_bfloat16_is_close_to_float32() -> None:
     model = lively()
     low = lively(dataclasses.replace(TINY, precision=Precision(compute="bfloat16")))

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from zoo import sharding
-from zoo.layers.linear import Precision
+from zoo.layers.linear import Head, Precision
 from zoo.train.experiment import DataInfo, Experiment
 from zoo.train.objectives import NextToken
 
@@ -57,8 +57,8 @@ class Tiny(nnx.Module):
         h = sharding.constrain(h, "act_batch", "act_length", "act_mlp")
         return sharding.constrain(x + h @ self.down, "act_batch", "act_length", "act_embed")
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        return hidden @ self.table[...].T
+    def head(self) -> Head:
+        return Head(self.table[...].T, VOCAB)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Objectives: the loss and its written gradient against numpy, chunked against plain, and what is reported."""
+"""Objectives: what is summed and what is reported."""
 
 import math
 from types import SimpleNamespace
@@ -10,99 +10,8 @@ import numpy as np
 import pytest
 
 from zoo.diffusion import schedules
-from zoo.train.experiment import UserError
-from zoo.train.objectives import NextToken, NoisePrediction, chunked_sums, cross_entropy, spread_times
-
-B, T, D, V = 3, 8, 5, 11
-
-
-def reference(
-    logits: np.ndarray, targets: np.ndarray, weights: np.ndarray, smoothing: float, z_loss: float
-) -> tuple[float, np.ndarray]:
-    """Total and its gradient, token by token, in float64; entries of -inf are outside the vocabulary."""
-    total, gradient = 0.0, np.zeros_like(logits, np.float64)
-    for index in np.ndindex(targets.shape):
-        row = logits[index].astype(np.float64)
-        inside = np.isfinite(row)
-        z = np.exp(row[inside]).sum()
-        p = np.where(inside, np.exp(np.where(inside, row, 0)) / z, 0)
-        q = np.where(inside, smoothing / inside.sum(), 0)
-        q[targets[index]] += 1 - smoothing
-        total += weights[index] * (-(q[inside] * np.log(p[inside])).sum() + z_loss * np.log(z) ** 2)
-        gradient[index] = weights[index] * (p - q + z_loss * 2 * np.log(z) * p)
-    return total, gradient
-
-
-@pytest.fixture
-def arrays() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    random = np.random.default_rng(0)
-    logits = 3 * random.standard_normal((B, T, V)).astype(np.float32)
-    logits[..., -2:] = -np.inf
-    return logits, random.integers(0, V - 2, (B, T)), random.random((B, T)).astype(np.float32)
-
-
-@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.0, 0.0), (0.1, 0.0), (0.0, 0.01), (0.2, 0.03)])
-def test_loss_and_gradient_equal_numpy(arrays, smoothing: float, z_loss: float):
-    logits, targets, weights = arrays
-    total, gradient = reference(logits, targets, weights, smoothing, z_loss)
-    value = jax.value_and_grad(lambda x: cross_entropy(x, targets, weights, smoothing, z_loss), has_aux=True)
-    (got, sums), got_gradient = jax.jit(value)(logits)
-    assert got == pytest.approx(total, rel=1e-5)
-    np.testing.assert_allclose(got_gradient, gradient, atol=1e-5)
-    plain, _ = reference(logits, targets, weights, 0.0, 0.0)
-    assert sums["nll"] == pytest.approx(plain, rel=1e-5)
-    hits = logits.argmax(-1) == targets
-    assert sums["correct"] == pytest.approx((weights * hits).sum(), rel=1e-6)
-
-
-def test_extreme_logits_stay_finite():
-    logits = jnp.array([[1e4, -1e4, 0.0]])
-    grad = jax.grad(lambda x: 2 * cross_entropy(x, jnp.array([1]), jnp.ones(1))[0])(logits)
-    np.testing.assert_allclose(grad, [[2.0, -2.0, 0.0]])
-
-
-@pytest.mark.parametrize("chunk", [1, 2, 4, 8])
-def test_chunked_equals_plain(chunk: int):
-    keys = jax.random.split(jax.random.key(0), 4)
-    hidden, head = jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (D, V))
-    batch = {"t": jax.random.randint(keys[2], (B, T), 0, V), "w": jax.random.uniform(keys[3], (B, T))}
-
-    def sums(logits, batch):
-        return cross_entropy(logits, batch["t"], batch["w"], 0.1, 0.01)
-
-    def plain(head, hidden):
-        return sums(hidden @ head["kernel"], batch)
-
-    def chunked(head, hidden):
-        return chunked_sums(lambda x: x @ head["kernel"], sums, hidden, batch, chunk)
-
-    def scaled(f):  # a cotangent other than 1
-        return lambda *x: (lambda out: (2.5 * out[0], out))(f(*x))
-
-    arguments = ({"kernel": head, "unused": jnp.ones(2)}, hidden)
-    expected, got = (jax.jit(jax.value_and_grad(scaled(f), (0, 1), has_aux=True))(*arguments) for f in (plain, chunked))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), got, expected)
-    # Without differentiation it is another program.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), jax.jit(chunked)(*arguments), expected[0][1])
-
-
-def test_chunks_bound_memory():
-    """Eight chunks of [B, T, V] take less than a third of the whole's temporaries."""
-    rows, length, width, vocab = 4, 128, 16, 4096
-
-    def temporaries(chunk: int) -> int:
-        def total(head, hidden, targets):
-            batch = {"t": targets}
-            sums = lambda logits, b: cross_entropy(logits, b["t"], jnp.ones(b["t"].shape))  # noqa: E731
-            if chunk == length:
-                return sums(hidden @ head, batch)[0]
-            return chunked_sums(lambda x: x @ head, sums, hidden, batch, chunk)[0]
-
-        shapes = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((width, vocab), (rows, length, width))]
-        targets = jax.ShapeDtypeStruct((rows, length), jnp.int32)
-        return jax.jit(jax.grad(total, (0, 1))).lower(*shapes, targets).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(length // 8) < temporaries(length) / 3
+from zoo.layers.linear import Head
+from zoo.train.objectives import NextToken, NoisePrediction, spread_times
 
 
 class Constant:
@@ -112,10 +21,10 @@ class Constant:
         self._logits = jnp.asarray(logits, jnp.float32)
 
     def hidden(self, tokens, *, positions, segments, key=None):
-        return jnp.zeros((*tokens.shape, 1))
+        return jnp.ones((*tokens.shape, 1))
 
-    def logits(self, hidden):
-        return hidden + self._logits
+    def head(self):
+        return Head(self._logits[None], len(self._logits))
 
 
 def a_batch() -> dict[str, jax.Array]:
@@ -146,11 +55,6 @@ def test_evaluation_measures_the_likelihood_alone():
     evaluated = regularised.loss(model, a_batch(), None)
     assert float(evaluated.total) == pytest.approx(float(NextToken().loss(model, a_batch(), None).total))
     assert float(evaluated.total) != pytest.approx(float(regularised.loss(model, a_batch(), jax.random.key(0)).total))
-
-
-def test_chunks_must_divide_the_length():
-    with pytest.raises(UserError, match=r"--objective.chunk 3 does not divide the length 4"):
-        NextToken(chunk=3).loss(Constant(np.zeros(8)), a_batch(), None)
 
 
 class Denoiser:

@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import Mesh
 
 from zoo import sharding
+from zoo.kernels import cross_entropy
 from zoo.models.gpt import GPTConfig
 from zoo.train.experiment import Experiment, Optimizer, UserError
 from zoo.train.objectives import NextToken
@@ -147,14 +148,15 @@ def test_muon_sharded_equals_one_device(fast):
     assert_close(run(experiment, EIGHT)[0].model, run(experiment, ONE)[0].model, rtol=1e-4, atol=1e-5)
 
 
-def test_sharded_equals_one_device(tiny):
+def test_sharded_equals_one_device(tiny, monkeypatch):
     """A GPT with dropout, accumulation and chunks over 20 steps: the losses of eight devices are those of one."""
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 2**11)
     model = GPTConfig(vocab_size=32, max_length=8, num_layers=2, width=16, num_heads=2, dropout=0.2)
     experiment = Experiment(
         "gpt",
         model,
         tiny.data,
-        NextToken(z_loss=1e-4, label_smoothing=0.1, chunk=4),
+        NextToken(z_loss=1e-4, label_smoothing=0.1),
         tiny.sampler,
         optimizer=Optimizer(learning_rate=3e-3, warmup_steps=5),
         steps=20,

@@ -33,7 +33,7 @@ def recipe(name: str, title: str, learning_rate: float, accumulate: int) -> Call
             name=name,
             model=replace(PRESETS[name], remat="products" if accumulate == 4 else "attention"),
             data=TextData(source="wiki40b/en:1.3.0", length=1024, train_bpe=50257),
-            objective=NextToken(chunk=128),
+            objective=NextToken(),
             sampler=TextSampler(),
             optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=700),
             steps=20_000,

@@ -40,7 +40,7 @@ def recipe(name: str, title: str, rows: int, learning_rate: float, mesh: str) ->
             name=name,
             model=replace(PRESETS[name], remat="attention"),
             data=TextData(source="c4/en:3.1.0", length=LENGTH, train_bpe=50257),
-            objective=NextToken(chunk=256),
+            objective=NextToken(),
             sampler=TextSampler(),
             optimizer=Optimizer(learning_rate=learning_rate, warmup_steps=round(WARMUP_TOKENS / (rows * LENGTH))),
             steps=steps,

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +141,18 @@ class Linear(nnx.Module):
         return saved(y, "product")
 
 
+class Head(NamedTuple):
+    """What scores hidden states against a vocabulary, as `zoo.kernels.linear_cross_entropy` takes it.
+
+    kernel: [D, V], in the parameters' dtype.  vocabulary: entries of V that are real; those behind only pad.
+    precision: of the product, by name, as in `Precision.products`.
+    """
+
+    kernel: jax.Array
+    vocabulary: int
+    precision: str | None = None
+
+
 class Embed(nnx.Module):
     """A table of vectors, and the tied head that scores a vector against each of them.
 
@@ -174,6 +186,10 @@ class Embed(nnx.Module):
         logits = cast(jax.Array, scores(x, self.table[...], self.precision))
         real = jnp.arange(logits.shape[-1]) < self.vocab_size
         return materialized(jnp.where(real, logits, -jnp.inf))
+
+    def head(self) -> Head:
+        """What `attend` scores with, for a loss that never holds all its logits."""
+        return Head(self.table[...].T, self.vocab_size, self.precision.products)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

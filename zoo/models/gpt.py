@@ -27,7 +27,7 @@ from zoo.kernels import Mask
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import Embed, LayerError, Precision, check_sizes, normal
+from zoo.layers.linear import Embed, Head, LayerError, Precision, check_sizes, normal
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
@@ -160,7 +160,7 @@ class GPT(nnx.Module):
         mask: Mask | None = None,
         key: jax.Array | None = None,
     ) -> jax.Array:
-        """The final hidden states [B, T, D], for a loss that takes `logits` of a part at a time."""
+        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
         return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
 
     def features(
@@ -201,6 +201,10 @@ class GPT(nnx.Module):
         logits = self.embed.attend(hidden)
         leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
         return constrain(logits, *leading, "act_vocab")
+
+    def head(self) -> Head:
+        """What `logits` scores with: the embedding's table [D, V padded]."""
+        return self.embed.head()
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache with room for `length` tokens a row."""
