@@ -5,6 +5,7 @@ Pallas call as bundles: what the units of a core do in one cycle if nothing stal
 they are not times, for neither copies nor stalls are in them.
 """
 
+import glob
 import multiprocessing
 import os
 import re
@@ -17,7 +18,7 @@ from rich.progress import Progress
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
-_QUIET = {
+QUIET = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -28,10 +29,10 @@ _QUIET = {
 
 
 def prepare(dump: Path | None = None) -> None:
-    """Sets the environment that libtpu reads when it is loaded; to be called before jax is imported."""
+    """Sets the environment that libtpu reads when it is loaded; with a dump, jax must not be imported yet."""
     if "jax" in sys.modules and dump is not None:
         raise RuntimeError("jax is imported already: its compiler would not write schedules")
-    os.environ.update(_QUIET)
+    os.environ.update(QUIET)
     if dump is not None:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
 
@@ -95,14 +96,10 @@ def schedules(dump: Path) -> list[Schedule]:
         if "schedule-analysis" in bundles.name:
             continue
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", bundles.name)
-        rows = next(dump.glob(f"{glob_escape(stem)}-*final_hlo-static-per-bundle-utilization.txt"), None)
+        rows = next(dump.glob(f"{glob.escape(stem)}-*final_hlo-static-per-bundle-utilization.txt"), None)
         if rows is not None:
             found.append(Schedule(stem.split("-", 1)[1], _pieces(bundles.read_text(), rows.read_text())))
     return found
-
-
-def glob_escape(text: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", text)
 
 
 _BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?P<label>LB|PF|PB|LH|LE|CT)?: +[> ]*\{")

@@ -238,6 +238,7 @@ def explain(
     *,
     bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
+    logits_bound: float | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
@@ -262,7 +263,14 @@ def explain(
         return AttentionOutput(jnp.zeros((*rows, problem.v.shape[3]), problem.q.dtype), jnp.zeros(rows, problem.dtype))
 
     def trace(q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask, bias: Any, key: jax.Array | None) -> None:
-        options = {"bias": bias, "soft_cap": soft_cap, "dropout": dropout, "dropout_key": key, "scale": scale}
+        options = {
+            "bias": bias,
+            "soft_cap": soft_cap,
+            "logits_bound": logits_bound,
+            "dropout": dropout,
+            "dropout_key": key,
+            "scale": scale,
+        }
         for cuts_keys in (False, True):
             problem, place = _prepare(cuts_keys, q, k, v, mask, partition, **options)
             layout.run(place, partial(record, cuts_keys), problem, None)

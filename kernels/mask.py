@@ -23,6 +23,8 @@ Limits = tuple[int | None, int | None]
 
 PADDING_INDEX = 2**31 - 1
 
+_NO_SEGMENT = -(2**31)
+
 
 class AttentionError(ValueError):
     """Arguments of attention that do not fit; one line that names the thing, the value and the mend."""
@@ -42,13 +44,14 @@ class Mask:
         -right <= position(q) - position(k) <= left, either of them None for no limit on that side.
     prefix: [] or [B], with `causal`: keys at positions below it are seen by every query (prefix language models).
     segments: int [B, T] (T equal S), or a (query [B, T], key [B, S]) pair: equal segments alone attend to each other.
-        Segment 0 is padding, which attends to nothing and is attended by nothing.
+        Segment 0 is padding, which attends to nothing and is attended by nothing; -2^31 is no segment.
     positions: int [T] or [B, T], or a (query, key) pair; counted from 0 where not given. Packed documents restart
         them, decoding starts them at an offset, XLNet permutes them. They serve causal, window, prefix, where and
         `Bias`, in every mask that this one is combined with.
     lengths: int [B]: keys whose index (not position) is below it are there.
-    where: f(query position, key position) -> bool, for static patterns. It is called with int32 arrays
-        [1 or B, 1, T, 1] and [1 or B, 1, 1, S], or blocks of them, and must be elementwise.
+    where: f(query position, key position) -> bool, for static patterns. It is called with int32 arrays that broadcast
+        against each other, of whole lengths or of blocks, and must be elementwise. Kernels take functions of these two
+        alone, and cannot skip blocks by them.
     """
 
     causal: bool = False
@@ -265,7 +268,8 @@ def pairs_allowed(
             raise AttentionError(f"mask where= must give bool for every pair of positions: it gave {pattern.dtype}")
         conditions.append(pattern)
     if query.segments is not None and key.segments is not None:
-        conditions.append(query.segments == jnp.where(key.segments == 0, -1, key.segments))
+        # One comparison instead of two; the least integer is no segment.
+        conditions.append(query.segments == jnp.where(key.segments == 0, _NO_SEGMENT, key.segments))
     if lengths is not None:
         conditions.append(key.index < lengths)
     return functools.reduce(operator.and_, conditions) if conditions else None

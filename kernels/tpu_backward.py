@@ -83,7 +83,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, key_block: ja
                 for start in range(0, blocks.queries, blocks.rows):
                     _tile(spec, o, pairs, place, key, spec.strip, slice(start, start + blocks.rows), masked=True)
 
-        jax.lax.fori_loop(0, spec.code.strips, strip, None)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.code.strips), strip, None)
 
     @pl.when((flags & LAST) != 0)
     def _finish() -> None:
@@ -95,13 +95,13 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, key_block: ja
         def part(c: jax.Array, _: None) -> None:
             place = pl.ds(pl.multiple_of(c * spec.strip, spec.strip), spec.strip)
             for out, sums, factor in (
-                (o.d_k, o.sum_k, spec.scale / spec.query_factor),
+                (o.d_k, o.sum_k, spec.score_factor),
                 (o.d_v, o.sum_v, 1 / (1 - spec.dropout)),
             ):
                 total = sums[:, place].T if blocks.turned else sums[place, :]
                 out[place, :] = (total * factor).astype(out.dtype)
 
-        jax.lax.fori_loop(0, o.d_k.shape[0] // spec.strip, part, None)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(o.d_k.shape[0] // spec.strip), part, None)
 
 
 def _tile(spec: Spec, o: Operands, pairs: Pairs, place: Any, key: Any, size: int, part: slice, *, masked: bool) -> None:

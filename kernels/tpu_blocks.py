@@ -1,6 +1,7 @@
 """Block sizes of the TPU kernels, by pass, chip, dtype, head size and length; a JSON file comes before the table."""
 
 import json
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -79,33 +80,43 @@ TABLE = (
 
 
 class Chip(NamedTuple):
-    """device_kind as JAX gives it, and the bytes of a core's VMEM that a kernel may take."""
+    """device_kind as JAX gives it, by either of its names, and the bytes of a core's VMEM that a kernel may take."""
 
-    device_kind: str
+    device_kinds: tuple[str, ...]
     vmem: int
 
 
 CHIPS = {
-    "v4": Chip("TPU v4", 14 * 2**20),
-    "v5e": Chip("TPU v5 lite", 112 * 2**20),
-    "v5p": Chip("TPU v5", 56 * 2**20),
-    "v6e": Chip("TPU v6 lite", 112 * 2**20),
-    "v7x": Chip("TPU7x", 56 * 2**20),
+    "v4": Chip(("TPU v4",), 14 * 2**20),
+    "v5e": Chip(("TPU v5 lite", "TPU v5e"), 112 * 2**20),
+    "v5p": Chip(("TPU v5", "TPU v5p"), 56 * 2**20),
+    "v6e": Chip(("TPU v6 lite", "TPU v6e"), 112 * 2**20),
+    "v7x": Chip(("TPU7x",), 56 * 2**20),
 }
 
 
-def chip() -> str:
-    """The chip that is compiled for: of the mesh that is set, else of this machine, else v5e."""
+def chip() -> str | None:
+    """The chip that is compiled for: of the mesh that is set, else of this machine; None for a TPU that is not known.
+
+    A machine without a TPU counts as v5e: what it compiles for is known only where a mesh says so.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     kind = jax.devices()[0].device_kind if device is None else device.device_kind
-    return next((name for name, one in CHIPS.items() if one.device_kind == kind), "v5e")
+    if not kind.startswith("TPU"):
+        return "v5e"
+    return next((name for name, one in CHIPS.items() if kind in one.device_kinds), None)
+
+
+def vmem() -> int:
+    """Bytes of VMEM that a kernel may take."""
+    return CHIPS[chip() or "v5e"].vmem
 
 
 def find(direction: str, problem: Problem) -> Blocks:
     """The blocks of `chosen` for a call, cut to its lengths."""
     shape = problem.shape
     head_dim, length = max(shape.head_dim, problem.v.shape[-1]), max(shape.queries, shape.keys)
-    blocks = chosen(direction, chip(), head_dim, length, str(problem.q.dtype))
+    blocks = chosen(direction, chip() or "v5e", head_dim, length, str(problem.q.dtype))
     queries, rows = _cut(shape.queries, blocks.queries, blocks.rows)
     keys, step = _cut(shape.keys, blocks.keys, blocks.step)
     return Blocks(queries, keys, rows, step, blocks.turned)
@@ -122,10 +133,8 @@ def _cut(length: int, block: int, tile: int) -> tuple[int, int]:
     """Block and tile for a length: as few blocks as the limit allows, as even as whole registers allow."""
     each = -(-length // -(-length // block))
     unit = LANES if each <= 4 * LANES else 2 * LANES
-    size = -(-each // unit) * unit
-    while size % tile:
-        tile = size if size < tile else tile // 2
-    return size, tile
+    size = min(-(-each // unit) * unit, block)
+    return size, size if size < tile else math.gcd(size, tile)
 
 
 @cache
@@ -149,6 +158,11 @@ def _checked(path: str, line: Any) -> Entry:
         raise AttentionError(f"{where}: needs {', '.join(needed)}; the fields are {', '.join(known)}") from None
     if entry.direction not in ("forward", "backward"):
         raise AttentionError(f"{where}: direction is forward or backward")
+    limits = [x for x in (entry.head_dim, entry.length) if x is not None]
+    if not all(isinstance(x, int) for x in limits) or not isinstance(entry.turned, bool):
+        raise AttentionError(f"{where}: head_dim and length are whole numbers, turned is true or false")
+    if entry.chip not in (None, *CHIPS) or entry.dtype not in (None, "bfloat16", "float32"):
+        raise AttentionError(f"{where}: chip is one of {', '.join(CHIPS)}, dtype bfloat16 or float32")
     for block, tile in ((entry.queries, entry.rows), (entry.keys, entry.step)):
         whole = all(isinstance(x, int) and x > 0 and x % LANES == 0 for x in (block, tile))
         if not whole or block % tile:

@@ -4,6 +4,7 @@ The grid runs over rows, heads and the visits of the work list; the number of vi
 kernels do at a visit stands in tpu_forward and tpu_backward, how their arrays lie in tpu_layout.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -14,11 +15,11 @@ from jax.experimental.pallas import tpu as pltpu
 
 from zoo.kernels import tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
 from zoo.kernels.engine import Learned, Output
-from zoo.kernels.mask import ResolvedMask
+from zoo.kernels.mask import ResolvedMask, Where
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
-from zoo.kernels.tpu_pairs import LOG2_E, Pairs, Scalars
+from zoo.kernels.tpu_pairs import LOG2_E, SUBLANES, Pairs, Scalars
 
 
 class TpuFlash(NamedTuple):
@@ -45,12 +46,27 @@ def supports(problem: Problem) -> str | None:
         return "it has no bias"
     if max(shape.head_dim, p.v.shape[-1]) > 256 or shape.head_dim % 8 or p.v.shape[-1] % 8:
         return f"its head sizes are {shape.head_dim} and {p.v.shape[-1]}: it takes multiples of 8 up to 256"
-    rows = tpu_layout.mask_rows(p.mask)
-    for direction in ("forward", "backward"):
-        code = tpu_layout.code_of(p, tpu_blocks.find(direction, p))
+    if tpu_blocks.chip() is None:
+        return f"{jax.devices()[0].device_kind} is not in its table: it knows {', '.join(tpu_blocks.CHIPS)}"
+    if captures(p.mask.rules.where):
+        return "its mask's where= uses arrays from outside: a kernel takes functions of the two positions alone"
+    rows, backward = tpu_layout.mask_rows(p.mask), tpu_blocks.find("backward", p)
+    part = min(shape.keys, keys_of_part(p, backward))
+    for code in (
+        tpu_layout.code_of(p, tpu_blocks.find("forward", p)),
+        dataclasses.replace(tpu_layout.code_of(p, backward), keys=-(-part // backward.keys)),
+    ):
         if code.bits > 31 or rows * code.queries * code.keys > work_list.MOST_PAIRS:
             return f"{rows} rows of {shape.queries} x {shape.keys} pairs make too long a list of blocks"
     return None
+
+
+def captures(where: Where | None) -> bool:
+    """Whether a pattern closes over arrays, which a kernel cannot take."""
+    if where is None:
+        return False
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return bool(jax.make_jaxpr(where)(one, one).consts)
 
 
 Kernel = Callable[[Scalars, tuple[Any, Any], dict[str, Any]], None]
@@ -86,7 +102,7 @@ def _run(
         ),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=[pltpu.PARALLEL] * 2 + [pltpu.ARBITRARY] * (len(grid) - 2),
-            vmem_limit_bytes=tpu_blocks.CHIPS[tpu_blocks.chip()].vmem,
+            vmem_limit_bytes=tpu_blocks.vmem(),
         ),
         name=call.name(direction),
         interpret=interpret,
@@ -116,7 +132,7 @@ def _forward(call: Call, interpret: bool) -> Output:
         "lse": tpu_layout.by_row(lse, t, query),
     }
     scratch = {
-        "total": pltpu.VMEM((2, 8, t), jnp.float32),
+        "total": pltpu.VMEM((2, SUBLANES, t), jnp.float32),
         "acc": pltpu.VMEM((2, value, t), jnp.float32),
         "reference": pltpu.VMEM((1, t), jnp.float32),
         "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
@@ -156,7 +172,7 @@ def keys_of_part(problem: Problem, blocks: Blocks) -> int:
     lanes, size = tpu_blocks.LANES, problem.q.dtype.itemsize
     widths = (problem.shape.head_dim, problem.v.shape[-1])
     a_key = sum(-(-width // lanes) * lanes * (4 + 2 * size) for width in widths)
-    budget = tpu_blocks.CHIPS[tpu_blocks.chip()].vmem * 3 // 4
+    budget = tpu_blocks.vmem() * 3 // 4
     return max(1, budget // (a_key * blocks.keys)) * blocks.keys
 
 
@@ -177,7 +193,7 @@ def _backward_part(
         return b, call.key_block(scalars, b, step), k
 
     def all_keys(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
-        return b, 0, k
+        return b, tpu_layout.ZERO, k
 
     inputs = {
         "q": tpu_layout.heads(p.q, call.queries, t, query),

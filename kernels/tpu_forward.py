@@ -17,7 +17,8 @@ from jax.experimental import pallas as pl
 from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Spec, product, scores
 from zoo.kernels.work_list import FIRST, LAST, WHOLE
 
-LIMIT = 2.0**64
+LIMIT = 2.0**32
+"""Of a row's sum; it leaves weighted values room for values up to 2^95."""
 
 UNSEEN = -1e30
 """Reference of a row that has no key yet: finite, so that it can be subtracted from -inf."""
@@ -85,7 +86,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
             def _one() -> None:
                 _strip(spec, o, pairs, pl.multiple_of(c * spec.strip, spec.strip))
 
-        jax.lax.fori_loop(0, spec.code.strips, strip, None)
+        jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.code.strips), strip, None)
 
     @pl.when((flags & LAST) != 0)
     def _finish() -> None:

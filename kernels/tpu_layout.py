@@ -4,11 +4,13 @@ Heads whose size is a multiple of the 128 lanes are read where they lie, as colu
 [B, N, L, H] first. A Place says which block of which head of which row the kernel is at.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 
 from zoo.kernels import work_list
@@ -19,10 +21,13 @@ from zoo.kernels.tpu_pairs import Scalars, Spec
 from zoo.kernels.work_list import Code
 
 STRIP = 512
-"""Most keys of a strip of a block that has several."""
+"""Most keys of a strip."""
 
 BOUND = 55.0
-"""Scores within it need no maximum: sums of their exponentials, times values, stay far from float32's ends."""
+"""Scores within it need no maximum: their exponentials, 2^-80 to 2^80, leave values 2^-46 to 2^20 their place."""
+
+ZERO = np.int32(0)
+"""In index maps, which are of 32-bit integers whatever `jax_enable_x64` says."""
 
 Place = Callable[..., tuple[Any, Any, Any]]
 """(row, block, head) at given grid indices, which the references of Scalars follow."""
@@ -65,7 +70,7 @@ class Call(NamedTuple):
             dtype=p.q.dtype,
             precision=p.precision,
         )
-        work = work_list.build(mask, code, blocks.queries, blocks.keys)
+        work = work_list.build(mask, code, spec.rows, blocks.queries, blocks.keys)
         none = jnp.zeros((1,), jnp.int32)
 
         def per_row(x: jax.Array | None) -> jax.Array:
@@ -101,7 +106,7 @@ class Call(NamedTuple):
 
 def code_of(problem: Problem, blocks: Blocks) -> Code:
     shape = problem.shape
-    strips = blocks.keys // STRIP if blocks.keys % STRIP == 0 else 1
+    strips = blocks.keys // math.gcd(blocks.keys, STRIP)
     return Code(-(-shape.queries // blocks.queries), -(-shape.keys // blocks.keys), strips)
 
 
@@ -141,7 +146,7 @@ def turned(x: jax.Array, length: int, columns: int, place: Place) -> Operand:
 
     def index(*indices: Any) -> tuple:
         row, block, head = place(*indices)
-        return row, head, 0, block
+        return row, head, ZERO, block
 
     return Operand(x, pl.BlockSpec((None, None, x.shape[2], columns), index))
 
@@ -151,7 +156,7 @@ def by_row(array: Any, columns: int, place: Place) -> Operand:
 
     def index(*indices: Any) -> tuple:
         row, block, head = place(*indices)
-        return row, head, 0, block
+        return row, head, ZERO, block
 
     return Operand(array, pl.BlockSpec((None, None, array.shape[2], columns), index))
 
@@ -169,7 +174,7 @@ def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:
 
         def index(*indices: Any) -> tuple:
             row, block, _ = place(*indices)
-            return row if spec.rows > 1 else 0, 0, block
+            return row if spec.rows > 1 else ZERO, ZERO, block
 
         return Operand(array, pl.BlockSpec((None, 3, columns), index))
 
@@ -187,7 +192,7 @@ def _padded(x: jax.Array, length: int, axis: int) -> jax.Array:
 def _blocks(width: int, rows: int, place: Place) -> pl.BlockSpec:
     def by_head(*indices: Any) -> tuple:
         row, block, head = place(*indices)
-        return row, head, block, 0
+        return row, head, block, ZERO
 
     if width % LANES == 0:
         return pl.BlockSpec((None, rows, width), place)

@@ -56,7 +56,12 @@ class Spec(NamedTuple):
     @property
     def query_factor(self) -> float:
         """What queries are multiplied by, so that their products are scores in base 2, or what tanh is taken of."""
-        return self.scale * LOG2_E if self.soft_cap is None else self.scale / self.soft_cap
+        return self.scale / self.score_factor
+
+    @property
+    def score_factor(self) -> float:
+        """What turns those products, or the tanh, into scores."""
+        return 1 / LOG2_E if self.soft_cap is None else self.soft_cap
 
 
 class Scalars(NamedTuple):

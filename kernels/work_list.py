@@ -67,15 +67,17 @@ class WorkList(NamedTuple):
     steps: jax.Array
 
 
-def build(mask: ResolvedMask, code: Code, query_block: int, key_block: int) -> WorkList:
-    """Every block of queries is visited, once with no strip where it has nothing to attend to.
+def build(mask: ResolvedMask, code: Code, rows: int, query_block: int, key_block: int) -> WorkList:
+    """rows: 1 where all rows have one mask, else B.
 
-    A row that is shorter than the longest ends in visits of its last pair without flags: nothing moves.
+    Every block of queries is visited, once with no strip where it has nothing to attend to. A row that is shorter than
+    the longest ends in visits of its last pair without flags: nothing moves.
     """
     strip = key_block // code.strips
     kinds = block_kinds(mask, query_block, strip)
-    strips = kinds.needed.reshape(*kinds.needed.shape[:2], code.keys, code.strips)
-    needed, whole = strips.any(-1), kinds.whole.reshape(strips.shape).all(-1)
+    shape = (rows, code.queries, code.keys, code.strips)
+    strips, wholes = (jnp.broadcast_to(x.reshape(-1, *shape[1:]), shape) for x in kinds)
+    needed, whole = strips.any(-1), wholes.all(-1)
     query, key = jnp.arange(code.queries, dtype=jnp.int32)[:, None], jnp.arange(code.keys, dtype=jnp.int32)
     visit = needed | (~needed.any(-1, keepdims=True) & (key == 0))
     order = jnp.where(visit, key, -1)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.kernels import Mask, engine, reference, tpu_blocks, tpu_flash
+from zoo.kernels import Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout
 from zoo.kernels.problem import build
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_flash import TpuFlash
@@ -44,6 +44,7 @@ FEATURES: dict[str, dict] = {
     "positions": {"mask": Mask(causal=True, positions=permuted())},
     "lengths": {"mask": Mask(lengths=np.array([0, 400]))},
     "where": {"mask": Mask(where=lambda q, k: (q + 2 * k) % 3 != 0)},
+    "where_by_row": {"mask": Mask(where=lambda q, k: q > k - 40, positions=permuted())},
     "soft_cap": {"soft_cap": 2.0},
     "wide_cap": {"soft_cap": 100.0, "scale": 3.0},
     "bound": {"logits_bound": 30.0},
@@ -53,6 +54,9 @@ FEATURES: dict[str, dict] = {
     "head_128": {},
     "wide_values": {},
 }
+
+
+EXCLUSIVE = {frozenset(("soft_cap", "wide_cap")), frozenset(("positions", "where_by_row"))}
 
 
 def arrays(features: tuple[str, ...]) -> tuple:
@@ -93,6 +97,7 @@ def flash(turned: bool) -> TpuFlash:
 
 
 def compare(flash: TpuFlash, features: tuple[str, ...]) -> None:
+    """Values and gradients are those of the plain equation."""
     expected, result = (value_and_gradients(x, features) for x in (reference.attend, partial(engine.attend, flash)))
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(result), strict=True):
         bound = 2e-5 * max(1.0, np.max(np.abs(a), where=np.isfinite(a), initial=0))
@@ -100,9 +105,9 @@ def compare(flash: TpuFlash, features: tuple[str, ...]) -> None:
 
 
 def covering_sets() -> list[tuple[str, ...]]:
-    """Few sets of features that have every pair in one of them; the two soft caps exclude each other."""
+    """Few sets of features that have every pair in one of them."""
     rng = np.random.default_rng(0)
-    missing = {frozenset(pair) for pair in combinations(FEATURES, 2)} - {frozenset(("soft_cap", "wide_cap"))}
+    missing = {frozenset(pair) for pair in combinations(FEATURES, 2)} - EXCLUSIVE
     sets = []
 
     def covered(names: set[str]) -> int:
@@ -110,13 +115,13 @@ def covering_sets() -> list[tuple[str, ...]]:
 
     while missing:
         draws = [set(rng.choice(list(FEATURES), 6, replace=False)) for _ in range(200)]
-        best = max((draw for draw in draws if not {"soft_cap", "wide_cap"} <= draw), key=covered)
+        best = max((draw for draw in draws if not any(pair <= draw for pair in EXCLUSIVE)), key=covered)
         missing = {pair for pair in missing if not pair <= best}
         sets.append(tuple(sorted(best)))
     return sets
 
 
-@pytest.mark.parametrize(("feature", "turned"), zip(FEATURES, cycle([False, True]), strict=False))
+@pytest.mark.parametrize(("feature", "turned"), list(zip(FEATURES, cycle([False, True]), strict=False)))
 def test_feature(feature: str, turned: bool) -> None:
     compare(flash(turned), (feature,))
 
@@ -140,11 +145,34 @@ def test_scores_that_outgrow_the_reference(rise: float) -> None:
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6)
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    "features", [("causal", "window"), ("lengths", "dropout"), ("segments", "prefix")], ids="+".join
+)
+def test_strips_and_tiles(features: tuple[str, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of several strips, tiles of fewer queries than the block, more queries than keys in a block."""
+    monkeypatch.setattr(tpu_layout, "STRIP", 128)
+    compare(TpuFlash(Blocks(384, 256, 128, 128, turned), Blocks(384, 512, 128, 256, turned), interpret=True), features)
+
+
+def test_through_dispatch() -> None:
+    """Sinks, and a caller's vmap over rows with masks of their own."""
+    q, k, v, *_ = arrays(("causal",))
+    segments = padded_segments()
+
+    def one(impl: str, q, k, v, query, key):
+        mask = Mask(segments=(query[None], key[None]))
+        return attention(q[None], k[None], v[None], mask, sinks=jnp.arange(N) / 4, impl=impl)[0]
+
+    expected, result = (jax.vmap(partial(one, impl))(q, k, v, *segments) for impl in ("xla", "tpu_flash"))
+    np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
+
+
 def test_keys_in_parts() -> None:
     """The backward pass cuts keys into parts whose sums fit VMEM."""
     problem = build(*arrays(("causal",))[:3], Mask(causal=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip("TPU v5 lite", 2**20))
+        patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip(("TPU v5 lite",), 2**20))
         assert tpu_flash.keys_of_part(problem, BACKWARD) == 256
         compare(flash(False), ("causal", "dropout", "segments"))
 
@@ -166,4 +194,7 @@ def test_what_is_refused() -> None:
     assert refusal(jnp.float16) == "its arguments are float16: it takes bfloat16 and float32"
     assert refusal(bias=jnp.ones(())) == "it has no bias"
     assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
+    table = jnp.eye(4, dtype=bool)
+    captured = tpu_flash.supports(build(*arrays(("causal",))[:3], Mask(where=lambda q, k: table[q // 128, k // 128])))
+    assert captured is not None and "where= uses arrays from outside" in captured
     assert refusal(length=2**20, h=8) == "1 rows of 1048576 x 1048576 pairs make too long a list of blocks"
