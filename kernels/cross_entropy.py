@@ -302,6 +302,8 @@ def _check(hidden: Any, kernel: Any, targets: Any, weights: Any, vocabulary: int
     for name, x in (("targets", targets), ("weights", weights)):
         if x.shape != hidden.shape[:2]:
             raise LossError(f"{name} have shape {x.shape}: they must be {hidden.shape[:2]}, one for each of hidden")
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise LossError(f"targets are {targets.dtype}: they must be integers, entries of the vocabulary")
     if not 1 <= vocabulary <= kernel.shape[1]:
         raise LossError(
             f"vocabulary {vocabulary} is not within the kernel's V={kernel.shape[1]}: give what is real of V"

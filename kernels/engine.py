@@ -75,17 +75,17 @@ def _attend_forward(engine: Engine, learned: Learned, rest: Problem) -> tuple[Ou
 
 def _attend_backward(engine: Engine, saved: tuple, gradient: Output) -> tuple[Learned, None]:
     learned, rest, output = saved
-    return cast(Learned, _once(engine, rest.replace(**learned._asdict()), output, gradient)), None
+    return cast(Learned, _first_derivative(engine, rest.replace(**learned._asdict()), output, gradient)), None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _once(engine: Engine, problem: Problem, output: Output, gradient: Output) -> Learned:
+def _first_derivative(engine: Engine, problem: Problem, output: Output, gradient: Output) -> Learned:
     return engine.backward(problem, output, gradient)
 
 
-@_once.defjvp
-def _twice(engine: Engine, primals: Any, tangents: Any) -> Any:
+@_first_derivative.defjvp
+def _second_derivative(engine: Engine, primals: Any, tangents: Any) -> Any:
     raise AttentionError("this attention has first derivatives alone: for second ones take impl='xla'")

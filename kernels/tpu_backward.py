@@ -76,12 +76,12 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, key_block: ja
     @pl.when((flags & WHOLE) == 0)
     def _strips() -> None:
         def strip(c: jax.Array, _: None) -> None:
-            @pl.when((flags & spec.code.strip(c)) != 0)
+            @pl.when((flags & spec.code.strip_flag(c)) != 0)
             def _one() -> None:
                 key = pl.multiple_of(c * spec.strip, spec.strip)
-                place = pl.multiple_of(key_block * blocks.keys + key, spec.strip)
+                offset = pl.multiple_of(key_block * blocks.keys + key, spec.strip)
                 for start in range(0, blocks.queries, blocks.rows):
-                    _tile(spec, o, pairs, place, key, spec.strip, slice(start, start + blocks.rows), masked=True)
+                    _tile(spec, o, pairs, offset, key, spec.strip, slice(start, start + blocks.rows), masked=True)
 
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.code.strips), strip, None)
 
@@ -104,8 +104,10 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, key_block: ja
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(o.d_k.shape[0] // spec.strip), part, None)
 
 
-def _tile(spec: Spec, o: Operands, pairs: Pairs, place: Any, key: Any, size: int, part: slice, *, masked: bool) -> None:
-    """What `size` keys, from `place` in all and from `key` in the block, and a part of the queries give each other."""
+def _tile(
+    spec: Spec, o: Operands, pairs: Pairs, offset: Any, key: Any, size: int, part: slice, *, masked: bool
+) -> None:
+    """What `size` keys, from `offset` in all and from `key` in the block, and a part of the queries give each other."""
     turned, keys = spec.blocks.turned, pl.ds(key, size)
     q, d_out = (o.scaled[:, part], o.d_out_turned[:, part]) if turned else (o.scaled[part, :], o.d_out[part, :])
     over = (1, 0) if turned else (1, 1)
@@ -122,7 +124,7 @@ def _tile(spec: Spec, o: Operands, pairs: Pairs, place: Any, key: Any, size: int
         d_x *= 1 - capped * capped
     weights = pairs.dropped(weights, key, part.start)
     d_x, weights = d_x.astype(spec.dtype), weights.astype(spec.dtype)
-    places = pl.ds(place, size)
+    places = pl.ds(offset, size)
     if turned:
         o.sum_v[:, places] += product(spec, d_out, weights, (1, 1))
         o.sum_k[:, places] += product(spec, q, d_x, (1, 1))

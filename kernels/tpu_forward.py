@@ -82,7 +82,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
     @pl.when(o.state[1] == 0)
     def _strips() -> None:
         def strip(c: jax.Array, _: None) -> None:
-            @pl.when((flags & spec.code.strip(c)) != 0)
+            @pl.when((flags & spec.code.strip_flag(c)) != 0)
             def _one() -> None:
                 _strip(spec, o, pairs, pl.multiple_of(c * spec.strip, spec.strip))
 

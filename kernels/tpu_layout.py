@@ -1,7 +1,8 @@
 """How a problem's arrays are laid out and cut for the TPU kernels.
 
 Heads whose size is a multiple of the 128 lanes are read where they lie, as columns of [B, L, N H]; others are moved to
-[B, N, L, H] first. A Place says which block of which head of which row the kernel is at.
+[B, N, L, H] first. Values are always transposed, and keys where the backward pass is `turned`. A Place says which block
+of which head of which row the kernel is at.
 """
 
 import math
@@ -91,7 +92,7 @@ class Call(NamedTuple):
         return self.mask.key.length
 
     def visit(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
-        return scalars[0][(row * self.spec.visits if self.spec.rows > 1 else 0) + step]
+        return scalars[0][(row * self.spec.capacity if self.spec.rows > 1 else 0) + step]
 
     def query_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
         return self.spec.code.query(self.visit(scalars, row, step))

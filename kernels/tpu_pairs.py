@@ -45,8 +45,8 @@ class Spec(NamedTuple):
         return self.blocks.keys // self.code.strips
 
     @property
-    def visits(self) -> int:
-        """Room for one row's visits in the list."""
+    def capacity(self) -> int:
+        """Places for the visits of one row in the list."""
         return self.code.queries * self.code.keys
 
     @property

@@ -55,8 +55,8 @@ class Code:
     def flags(self, visit: jax.Array) -> jax.Array:
         return visit & ((1 << self._flag_bits) - 1)
 
-    def strip(self, strip: jax.Array | int) -> jax.Array | int:
-        """The flag of a strip."""
+    def strip_flag(self, strip: jax.Array | int) -> jax.Array | int:
+        """The bit that says whether the mask leaves anything of a strip."""
         return 1 << (_FLAGS + strip)
 
 

@@ -274,6 +274,7 @@ def test_a_value_alone_computes_no_gradient() -> None:
         ({"hidden": np.ones((B, D))}, r"hidden has shape \(4, 8\): it must be \[B, T, D\]"),
         ({"kernel": np.ones((V, D))}, r"the kernel has shape \(16, 8\): it must be \[D, V\] with hidden's D=8"),
         ({"targets": np.ones((B, 1), int)}, r"targets have shape \(4, 1\): they must be \(4, 12\)"),
+        ({"targets": np.ones((B, T))}, "targets are float.*: they must be integers"),
         ({"vocabulary": 17}, "vocabulary 17 is not within the kernel's V=16"),
         ({"chunk": 0}, "chunk 0 is too small: choose a whole number from 1"),
         ({"partition": P("z")}, "partition names 'z': the mesh has the axes x, y"),
