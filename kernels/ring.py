@@ -12,11 +12,13 @@ same work in every step. L is the length of a device's part.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zoo.kernels import engine, tpu_flash
 from zoo.kernels.bias import Bias
@@ -110,7 +112,7 @@ class Ring(NamedTuple):
     def _next(self, tree: Tree) -> Tree:
         """Every device's arrays on the device after it."""
         n = self._size
-        return jax.lax.ppermute(tree, self.axes, [(i, (i + 1) % n) for i in range(n)])
+        return _permuted(tree, self.axes, [(i, (i + 1) % n) for i in range(n)])
 
 
 class _Keys(NamedTuple):
@@ -157,7 +159,7 @@ def to_zigzag(axes: tuple[str, ...], x: jax.Array, axis: int = 1) -> jax.Array:
     """From pieces 2i and 2i + 1 of 2n on device i to pieces i and 2n - 1 - i."""
     first, second = jnp.split(x, 2, axis)
     to_first, to_second = _routes(jax.lax.axis_size(axes))
-    even, odd = jax.lax.ppermute(first, axes, to_first), jax.lax.ppermute(second, axes, to_second)
+    even, odd = _permuted(first, axes, to_first), _permuted(second, axes, to_second)
     return jnp.concatenate(_in_turn(axes, even, odd), axis)
 
 
@@ -165,7 +167,16 @@ def from_zigzag(axes: tuple[str, ...], x: jax.Array, axis: int = 1) -> jax.Array
     """The inverse of `to_zigzag`."""
     back = [[(there, here) for here, there in route] for route in _routes(jax.lax.axis_size(axes))]
     halves = zip(_in_turn(axes, *jnp.split(x, 2, axis)), back, strict=True)
-    return jnp.concatenate([jax.lax.ppermute(half, axes, route) for half, route in halves], axis)
+    return jnp.concatenate([_permuted(half, axes, route) for half, route in halves], axis)
+
+
+def _permuted(tree: Tree, axes: tuple[str, ...], route: list[tuple[int, int]]) -> Tree:
+    """jax.lax.ppermute of places counted along `axes`; JAX wants axes, and places, in the order of the mesh."""
+    ordered = tuple(axis for axis in jax.sharding.get_abstract_mesh().axis_names if axis in axes)
+    sizes = [jax.lax.axis_size(axis) for axis in axes]
+    places = np.arange(math.prod(sizes)).reshape(sizes).transpose([axes.index(axis) for axis in ordered]).reshape(-1)
+    at = {int(place): i for i, place in enumerate(places)}
+    return jax.lax.ppermute(tree, ordered, [(at[here], at[there]) for here, there in route])
 
 
 def _routes(n: int) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
