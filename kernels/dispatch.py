@@ -192,7 +192,7 @@ def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOu
         if refusal is not None:
             raise AttentionError(f"impl={name!r} cannot take this call: {refusal}")
     differs = names.tpu != names.elsewhere
-    attend = partial(engine.attend, ByPlatform(TpuFlash(), Chunked())) if differs else IMPLEMENTATIONS[names.tpu].attend
+    attend = partial(engine.attend, tpu_flash.or_chunked(problem)) if differs else IMPLEMENTATIONS[names.tpu].attend
     problem, sinks = varying_over((problem, sinks), varying_axes((problem, sinks)))
     output, lse = attend(problem)
     if sinks is not None:

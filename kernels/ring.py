@@ -22,10 +22,8 @@ import numpy as np
 
 from zoo.kernels import engine, tpu_flash
 from zoo.kernels.bias import Bias
-from zoo.kernels.chunked import Chunked
-from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
+from zoo.kernels.engine import Engine, Learned, Output
 from zoo.kernels.problem import AttentionOutput, Problem, varying_axes, varying_over
-from zoo.kernels.tpu_flash import TpuFlash
 
 Tree = TypeVar("Tree")
 
@@ -41,15 +39,10 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
-def local_engine(problem: Problem) -> Engine:
-    """What computes on one device."""
-    return Chunked() if tpu_flash.supports(problem) else ByPlatform(TpuFlash(), Chunked())
-
-
 def attend(problem: Problem) -> AttentionOutput:
     """Exact, differentiable once, in reverse; inside shard_map over problem.length_axes, in contiguous parts."""
     p, axes = problem, problem.length_axes
-    ring = Ring(local_engine(p), axes)
+    ring = Ring(tpu_flash.or_chunked(p), axes)
     # A part of odd length has no halves: its work stays uneven.
     if not p.mask.rules.causal or p.shape.queries % 2:
         return engine.attend(ring, p)

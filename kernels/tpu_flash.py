@@ -14,7 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from zoo.kernels import tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
-from zoo.kernels.engine import Learned, Output
+from zoo.kernels.chunked import Chunked
+from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
 from zoo.kernels.mask import ResolvedMask, Where
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import Blocks
@@ -59,6 +60,11 @@ def supports(problem: Problem) -> str | None:
         if code.bits > 31 or rows * code.queries * code.keys > work_list.MOST_PAIRS:
             return f"{rows} rows of {shape.queries} x {shape.keys} pairs make too long a list of blocks"
     return None
+
+
+def or_chunked(problem: Problem) -> Engine:
+    """These kernels where a TPU is compiled for and they take the call, else `chunked`."""
+    return Chunked() if supports(problem) else ByPlatform(TpuFlash(), Chunked())
 
 
 def captures(where: Where | None) -> bool:
@@ -176,15 +182,18 @@ def keys_of_part(problem: Problem, blocks: Blocks) -> int:
     return max(1, budget // (a_key * blocks.keys)) * blocks.keys
 
 
+def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
+    """[B, N, 2, T padded]; a query that only pads has the weights exp(x - inf)."""
+    extra = ((0, 0), (0, 0), (0, call.queries - lse.shape[2]))
+    return jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(d_lse, extra)], axis=2)
+
+
 def _backward_part(
     call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """lse in base 2, +inf of an empty row."""
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
-    extra = ((0, 0), (0, 0), (0, call.queries - shape.queries))
-    # A query that only pads has the weights exp(x - inf).
-    rows = jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(gradient.lse, extra)], axis=2)
 
     def query(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
         return b, call.query_block(scalars, b, step), k * spec.group + g
@@ -199,7 +208,7 @@ def _backward_part(
         "q": tpu_layout.heads(p.q, call.queries, t, query),
         "out": tpu_layout.heads(out, call.queries, t, query),
         "d_out": tpu_layout.heads(gradient.out, call.queries, t, query),
-        "rows": tpu_layout.by_row(rows, t, query),
+        "rows": tpu_layout.by_row(_padded_rows(call, lse, gradient.lse), t, query),
         "k": tpu_layout.heads(p.k, s, blocks.keys, key),
         "v": tpu_layout.heads(p.v, s, blocks.keys, key),
         **({"k_turned": tpu_layout.turned(p.k, s, blocks.keys, key)} if blocks.turned else {}),

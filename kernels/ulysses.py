@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from zoo.kernels import engine, ring
+from zoo.kernels import engine, ring, tpu_flash
 from zoo.kernels.mask import Side
 from zoo.kernels.problem import AttentionOutput, Problem, keeps_groups
 
@@ -50,5 +50,5 @@ def attend(problem: Problem) -> AttentionOutput:
         mask=dataclasses.replace(p.mask, query=whole(p.mask.query), key=whole(p.mask.key)),
         heads=jax.lax.dynamic_slice_in_dim(p.heads, jax.lax.axis_index(axes) * per_device, per_device),
     )
-    output, lse = engine.attend(ring.local_engine(laid), laid)
+    output, lse = engine.attend(tpu_flash.or_chunked(laid), laid)
     return AttentionOutput(to_length(output), to_length(lse))

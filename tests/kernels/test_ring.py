@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zoo import sharding
-from zoo.kernels import AttentionError, Bias, Mask, attention, explain, ring
+from zoo.kernels import AttentionError, Bias, Mask, attention, explain, ring, tpu_flash
 from zoo.kernels.mask import allowed, resolve
 from zoo.kernels.tpu_flash import TpuFlash
 
@@ -167,7 +167,7 @@ def test_inside_a_callers_shard_map(impl: str, case: str, check_vma: bool) -> No
 
 def test_the_tpu_kernels_in_a_ring(monkeypatch) -> None:
     """Interpreted, which does without check_vma alone."""
-    monkeypatch.setattr(ring, "local_engine", lambda problem: TpuFlash(interpret=True))
+    monkeypatch.setattr(tpu_flash, "or_chunked", lambda problem: TpuFlash(interpret=True))
     shapes = {"q": (1, 256, 2, H), "k": (1, 256, 1, H), "v": (1, 256, 1, H)}
     given = {name: jax.random.normal(jax.random.key(i), shape) for i, (name, shape) in enumerate(shapes.items())}
 
