@@ -119,6 +119,8 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
     mesh, cut = layout.mesh, layout.cut
     if mesh is None:
         return attend(problem, sinks)
+    if cut.queries:
+        problem = problem.replace(mask=problem.mask.moved())
     shape = problem.shape
     shares = shape.kv_heads % math.prod(mesh.shape[axis] for axis in cut.heads) != 0
     group = jnp.arange(shape.heads, dtype=jnp.int32) // (shape.heads // shape.kv_heads) if shares else None
@@ -151,7 +153,8 @@ def _specs(problem: Problem, cut: Cut, keys: Names, kv_heads: Names) -> Problem:
         return None if x is None else PartitionSpec(batch if x.shape[0] == rows else None, *rest)
 
     def side(side: Side, axis: Names | None) -> Any:
-        return Side(PartitionSpec(axis), of(side.positions, axis), of(side.segments, axis))  # type: ignore[arg-type]
+        specs = PartitionSpec(axis), of(side.positions, axis), of(side.segments, axis)
+        return Side(*specs, side.start)  # type: ignore[arg-type]
 
     mask = problem.mask
     bias = problem.bias

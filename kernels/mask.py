@@ -10,10 +10,11 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 Where = Callable[[jax.Array, jax.Array], jax.Array]
@@ -133,14 +134,18 @@ class Rules(NamedTuple):
     where: Where | None
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("index", "positions", "segments"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("index", "positions", "segments"), meta_fields=("start",))
 @dataclass(frozen=True)
 class Side:
-    """What a mask knows of L queries or keys: global index [L], positions [1 or B, L], segments alike or None."""
+    """What a mask knows of L queries or keys: global index [L], positions [1 or B, L], segments alike or None.
+
+    start: what index and positions both count from, where that is known before the program runs; else None.
+    """
 
     index: jax.Array
     positions: jax.Array
     segments: jax.Array | None
+    start: int | None = None
 
     @property
     def length(self) -> int:
@@ -148,15 +153,32 @@ class Side:
 
     def padded(self, length: int) -> "Side":
         """Lengthened at the end: positions and segments repeat, the index becomes PADDING_INDEX."""
-        extra = length - self.length
+        extra, xp = length - self.length, array_module(self.index)
         if not extra:
             return self
-        index = jnp.pad(self.index, (0, extra), constant_values=PADDING_INDEX)
+        index = xp.pad(self.index, (0, extra), constant_values=PADDING_INDEX)
         rows = (self.positions, self.segments)
-        return Side(index, *jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, extra)), mode="edge"), rows))
+        positions, segments = jax.tree.map(lambda x: xp.pad(x, ((0, 0), (0, extra)), mode="edge"), rows)
+        return Side(index, positions, segments, self.start)
 
     def block(self, start: jax.Array | int, length: int) -> "Side":
-        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1), self)
+        """From a place that the program may know alone."""
+        return jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, start, length, axis=-1), self.moved())
+
+    def part(self, start: int, length: int) -> "Side":
+        side = jax.tree.map(lambda x: x[..., start : start + length], self)
+        return side if self.start is None else dataclasses.replace(side, start=self.start + start)
+
+    def known(self) -> "Side | None":
+        """The same in numpy, where nothing of it has to wait for the program to run; else None."""
+        if self.start is None or self.segments is not None:
+            return None
+        index = self.start + np.arange(self.length, dtype=np.int32)
+        return dataclasses.replace(self, index=index, positions=index[None])
+
+    def moved(self) -> "Side":
+        """With a start that only the program knows."""
+        return dataclasses.replace(self, start=None)
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("query", "key", "prefix", "lengths"), meta_fields=("rules",))
@@ -181,8 +203,19 @@ class ResolvedMask:
         """Lengthened to whole blocks; the added keys are masked, the added queries are for the caller to drop."""
         lengths = self.lengths
         if keys > self.key.length and lengths is None:
-            lengths = jnp.full((1,), PADDING_INDEX, jnp.int32)
+            lengths = array_module(self.key.index).full((1,), PADDING_INDEX, "int32")
         return dataclasses.replace(self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths)
+
+    def moved(self) -> "ResolvedMask":
+        """For arrays that are cut over devices or laid in another order."""
+        return dataclasses.replace(self, query=self.query.moved(), key=self.key.moved())
+
+    def known(self) -> "ResolvedMask | None":
+        """The same in numpy, where nothing of it has to wait for the program to run; else None."""
+        query, key = self.query.known(), self.key.known()
+        if query is None or key is None or self.prefix is not None or self.lengths is not None:
+            return None
+        return dataclasses.replace(self, query=query, key=key)
 
 
 def resolve(
@@ -201,7 +234,8 @@ def resolve(
     firsts = (first_query, first_key)
     for first, length, position, segment in zip(firsts, (queries, keys), positions, segments, strict=True):
         index = first + jnp.arange(length, dtype=jnp.int32)
-        sides.append(Side(index, index[None] if position is None else position, segment))
+        start = first if isinstance(first, int) and position is None else None
+        sides.append(Side(index, index[None] if position is None else position, segment, start))
     return ResolvedMask(
         *sides,
         prefix=_per_row(mask.prefix, "prefix", batch),
@@ -275,6 +309,11 @@ def pairs_allowed(
     return functools.reduce(operator.and_, conditions) if conditions else None
 
 
+def array_module(x: Any) -> Any:
+    """jax.numpy for arrays of JAX, numpy for numpy's."""
+    return x.__array_namespace__()
+
+
 class BlockKinds(NamedTuple):
     """Per row and pair of blocks, bool [1 or B, queries, keys].
 
@@ -286,12 +325,15 @@ class BlockKinds(NamedTuple):
 
 
 def block_kinds(mask: ResolvedMask, query_block: int, key_block: int) -> BlockKinds:
-    """By the range of positions, segments and indices in each block; lengths must be multiples of the blocks."""
-    rules = mask.rules
+    """By the range of positions, segments and indices in each block; lengths must be multiples of the blocks.
+
+    A mask in numpy gives numpy arrays.
+    """
+    rules, xp = mask.rules, array_module(mask.query.index)
     q_min, q_max = _ranges(mask.query.positions, query_block)
     k_min, k_max = _ranges(mask.key.positions, key_block)
     q_min, q_max, k_min, k_max = q_min[:, :, None], q_max[:, :, None], k_min[:, None], k_max[:, None]
-    needed = jnp.ones((1, mask.query.length // query_block, mask.key.length // key_block), bool)
+    needed = xp.ones((1, mask.query.length // query_block, mask.key.length // key_block), bool)
     whole = needed & (rules.where is None)
     if rules.causal:
         prefix = -PADDING_INDEX if mask.prefix is None else mask.prefix[:, None, None]
@@ -312,7 +354,7 @@ def block_kinds(mask: ResolvedMask, query_block: int, key_block: int) -> BlockKi
         low, high = _ranges(mask.key.index[None], key_block)
         needed &= low[:, None] < mask.lengths[:, None, None]
         whole &= high[:, None] < mask.lengths[:, None, None]
-    return BlockKinds(*jnp.broadcast_arrays(needed, whole))
+    return BlockKinds(*xp.broadcast_arrays(needed, whole))
 
 
 def _ranges(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:

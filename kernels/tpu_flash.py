@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from zoo.kernels import tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
-from zoo.kernels.mask import ResolvedMask, Where
+from zoo.kernels.mask import Where
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
@@ -164,8 +164,7 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
     d_q, d_k, d_v = [], [], []
     for start in range(0, keys, size):
         part = slice(start, start + size)
-        key = jax.tree.map(lambda x, part=part: x[..., part], p.mask.key)
-        mask = ResolvedMask(p.mask.query, key, p.mask.prefix, p.mask.lengths, rules=p.mask.rules)
+        mask = dataclasses.replace(p.mask, key=p.mask.key.part(start, min(size, keys - start)))
         call = Call.of(p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask), blocks)
         dtype = p.q.dtype if count == 1 else jnp.float32
         of_q, of_k, of_v = _backward_part(call, output.out, lse, gradient, dtype, interpret)

@@ -19,7 +19,7 @@ from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import LANES, Blocks
 from zoo.kernels.tpu_pairs import Scalars, Spec
-from zoo.kernels.work_list import Code
+from zoo.kernels.work_list import Code, WorkList
 
 STRIP = 512
 """Most keys of a strip."""
@@ -48,7 +48,7 @@ class Call(NamedTuple):
     spec: Spec
     mask: ResolvedMask
     scalars: Scalars
-    steps: jax.Array
+    steps: jax.Array | int
 
     @classmethod
     def of(cls, problem: Problem, blocks: Blocks) -> "Call":
@@ -71,7 +71,7 @@ class Call(NamedTuple):
             dtype=p.q.dtype,
             precision=p.precision,
         )
-        work = work_list.build(mask, code, spec.rows, blocks.queries, blocks.keys)
+        work = _work(p.mask, spec)
         none = jnp.zeros((1,), jnp.int32)
 
         def per_row(x: jax.Array | None) -> jax.Array:
@@ -103,6 +103,14 @@ class Call(NamedTuple):
     def name(self, direction: str) -> str:
         blocks = self.spec.blocks
         return f"flash_{direction}_h{self.problem.shape.head_dim}_q{blocks.rows}_k{blocks.step}"
+
+
+def _work(mask: ResolvedMask, spec: Spec) -> WorkList:
+    """A constant of the program, as long as what is visited, where the mask is known before it runs."""
+    code, blocks = spec.code, spec.blocks
+    size, known = (code.queries * blocks.queries, code.keys * blocks.keys), mask.known()
+    work = work_list.build((known or mask).padded(*size), code, spec.rows, blocks.queries, blocks.keys)
+    return work if known is None else WorkList(jnp.asarray(work.visits[: work.steps]), int(work.steps))
 
 
 def code_of(problem: Problem, blocks: Blocks) -> Code:

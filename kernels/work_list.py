@@ -1,16 +1,15 @@
 """Which pairs of blocks a kernel visits, as one list of integers that its index maps read from scalar memory.
 
-Pairs that the mask empties are not in the list, so that they are neither loaded nor computed. The list is made by the
-compiled program itself: segments and lengths that are known only at run time shorten it too.
+Pairs that the mask empties are not in the list, so that they are neither loaded nor computed. Where the mask is known
+before the program runs, so is the list; else the program makes it: segments and lengths shorten it too.
 """
 
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from zoo.kernels.mask import ResolvedMask, block_kinds
+from zoo.kernels.mask import ResolvedMask, array_module, block_kinds
 
 FIRST, LAST, WHOLE = 1, 2, 4
 _FLAGS = 3
@@ -61,7 +60,7 @@ class Code:
 
 
 class WorkList(NamedTuple):
-    """visits: int32 [rows pairs], row after row; steps: the visits of the longest row, int32 []."""
+    """visits: int32 [rows pairs], row after row; steps: the visits of the longest row, int32 []. Of jax or of numpy."""
 
     visits: jax.Array
     steps: jax.Array
@@ -71,23 +70,23 @@ def build(mask: ResolvedMask, code: Code, rows: int, query_block: int, key_block
     """rows: 1 where all rows have one mask, else B.
 
     Every block of queries is visited, once with no strip where it has nothing to attend to. A row that is shorter than
-    the longest ends in visits of its last pair without flags: nothing moves.
+    the longest ends in visits of its last pair without flags: nothing moves. A mask in numpy gives a list in numpy.
     """
-    strip = key_block // code.strips
+    xp, strip = array_module(mask.query.index), key_block // code.strips
     kinds = block_kinds(mask, query_block, strip)
     shape = (rows, code.queries, code.keys, code.strips)
-    strips, wholes = (jnp.broadcast_to(x.reshape(-1, *shape[1:]), shape) for x in kinds)
+    strips, wholes = (xp.broadcast_to(x.reshape(-1, *shape[1:]), shape) for x in kinds)
     needed, whole = strips.any(-1), wholes.all(-1)
-    query, key = jnp.arange(code.queries, dtype=jnp.int32)[:, None], jnp.arange(code.keys, dtype=jnp.int32)
+    query, key = xp.arange(code.queries, dtype="int32")[:, None], xp.arange(code.keys, dtype="int32")
     visit = needed | (~needed.any(-1, keepdims=True) & (key == 0))
-    order = jnp.where(visit, key, -1)
+    order = xp.where(visit, key, -1)
     first = order == order.max(-1, keepdims=True)
-    last = visit & (key == jnp.where(visit, key, code.keys).min(-1, keepdims=True))
+    last = visit & (key == xp.where(visit, key, code.keys).min(-1, keepdims=True))
     flags = FIRST * first + LAST * last + WHOLE * whole
-    flags += (strips << (_FLAGS + jnp.arange(code.strips, dtype=jnp.int32))).sum(-1)
-    beyond = jnp.int32(2**31 - 1)
-    visits = jnp.where(visit, code.place(query, key) + flags.astype(jnp.int32), beyond)
-    visits = jnp.sort(visits.reshape(visits.shape[0], -1), axis=-1)
-    final = jnp.where(visits == beyond, -1, visits).max(-1, keepdims=True)
-    visits = jnp.where(visits == beyond, final - code.flags(final), visits)
-    return WorkList(visits.reshape(-1), visit.sum((1, 2), dtype=jnp.int32).max())
+    flags += (strips << (_FLAGS + xp.arange(code.strips, dtype="int32"))).sum(-1)
+    beyond = xp.int32(2**31 - 1)
+    visits = xp.where(visit, code.place(query, key) + flags.astype("int32"), beyond)
+    visits = xp.sort(visits.reshape(visits.shape[0], -1), axis=-1)
+    final = xp.where(visits == beyond, -1, visits).max(-1, keepdims=True)
+    visits = xp.where(visits == beyond, final - code.flags(final), visits)
+    return WorkList(visits.reshape(-1).astype("int32"), visit.sum((1, 2), dtype="int32").max())
