@@ -21,8 +21,8 @@ from zoo.kernels.work_list import FIRST, LAST, WHOLE
 class Operands(NamedTuple):
     """References: what is read, what is written, and what is kept between visits.
 
-    q [t, H], out and d_out [t, H'], rows [2, t] (log-sum-exp in base 2, and its gradient), k [s, H], v [s, H'],
-    k_turned [H, s] or None; d_q [t, H], d_k [S, H], d_v [S, H'];
+    q [t, H], out and d_out [t, H'], rows [2, t] (log-sum-exp in base 2, and its gradient), k [s, H], v [s, H'];
+    d_q [t, H], d_k [S, H], d_v [S, H'];
     delta [1, t]: sum of d_out out, less the gradient of the log-sum-exp; scaled [t, H], the scaled queries; sums of
     d_q, d_k, d_v. The last four are transposed where turned, and d_out_turned is [H', t], elsewhere None.
     """
@@ -41,7 +41,6 @@ class Operands(NamedTuple):
     sum_q: Any
     sum_k: Any
     sum_v: Any
-    k_turned: Any = None
     d_out_turned: Any = None
 
 
@@ -128,7 +127,7 @@ def _tile(
     if turned:
         o.sum_v[:, places] += product(spec, d_out, weights, (1, 1))
         o.sum_k[:, places] += product(spec, q, d_x, (1, 1))
-        o.sum_q[:, part] += product(spec, o.k_turned[:, keys], d_x, (1, 0))
+        o.sum_q[:, part] += product(spec, o.k[keys, :], d_x, (0, 0))
     else:
         o.sum_v[places, :] += product(spec, weights, d_out, (1, 0))
         o.sum_k[places, :] += product(spec, d_x, q, (1, 0))

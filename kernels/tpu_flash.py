@@ -129,7 +129,7 @@ def _forward(call: Call, interpret: bool) -> Output:
     inputs = {
         "q": tpu_layout.heads(p.q, call.queries, t, query),
         "k": tpu_layout.heads(p.k, call.keys, blocks.keys, key),
-        "v": tpu_layout.turned(p.v, call.keys, blocks.keys, key),
+        "v": tpu_layout.heads(p.v, call.keys, blocks.keys, key),
         **tpu_layout.sides(call, query, key),
     }
     lse = tpu_layout.shape_like((shape.batch, shape.heads, 1, call.queries), p.q, jnp.float32)
@@ -210,7 +210,6 @@ def _backward_part(
         "rows": tpu_layout.by_row(_padded_rows(call, lse, gradient.lse), t, query),
         "k": tpu_layout.heads(p.k, s, blocks.keys, key),
         "v": tpu_layout.heads(p.v, s, blocks.keys, key),
-        **({"k_turned": tpu_layout.turned(p.k, s, blocks.keys, key)} if blocks.turned else {}),
         **tpu_layout.sides(call, query, key),
     }
     outputs = {

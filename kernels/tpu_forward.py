@@ -27,7 +27,7 @@ _LN_2 = 0.6931471805599453
 
 
 class Operands(NamedTuple):
-    """References: q [t, H], k [s, H], v transposed [H', s]; out [t, H'], lse [1, t]; and what is kept between visits.
+    """References: q [t, H], k [s, H], v [s, H']; out [t, H'], lse [1, t]; and what is kept between visits.
 
     total [2, 8, t] and acc [2, H', t]: two sets of accumulators; reference [1, t]; scaled [t, H]: the scaled queries,
     transposed where turned; state: the set that holds the sums, and whether this visit is done.
@@ -122,7 +122,7 @@ def _sums(
     size, t = weights.shape
     total = weights.reshape(size // SUBLANES, SUBLANES, t).sum(0)
     kept = pairs.dropped(weights, key, part.start).astype(spec.dtype)
-    return total, product(spec, o.v[:, pl.ds(key, size)], kept, (1, 0))
+    return total, product(spec, o.v[pl.ds(key, size), :], kept, (0, 0))
 
 
 def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:

@@ -1,8 +1,7 @@
 """How a problem's arrays are laid out and cut for the TPU kernels.
 
 Heads whose size is a multiple of the 128 lanes are read where they lie, as columns of [B, L, N H]; others are moved to
-[B, N, L, H] first. Values are always transposed, and keys where the backward pass is `turned`. A Place says which block
-of which head of which row the kernel is at.
+[B, N, L, H] first. A Place says which block of which head of which row the kernel is at.
 """
 
 import math
@@ -147,17 +146,6 @@ def restored(x: jax.Array, length: int, count: int) -> jax.Array:
 
 def shape_like(shape: tuple[int, ...], like: jax.Array, dtype: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
-def turned(x: jax.Array, length: int, columns: int, place: Place) -> Operand:
-    """[B, L, N, X] as [B, N, X, length], in blocks of `columns`."""
-    x = _padded(x.transpose(0, 2, 3, 1), length, axis=3)
-
-    def index(*indices: Any) -> tuple:
-        row, block, head = place(*indices)
-        return row, head, ZERO, block
-
-    return Operand(x, pl.BlockSpec((None, None, x.shape[2], columns), index))
 
 
 def by_row(array: Any, columns: int, place: Place) -> Operand:
