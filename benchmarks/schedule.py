@@ -115,8 +115,8 @@ def measure(implementation: str, which: str, chip: str) -> Figures:
         tpu.prepare(Path(folder))
         compile_kernel, name = KERNELS[implementation, which]
         blocks, area = compile_kernel(chip)
-        inner = max((one.inner for one in tpu.schedules(Path(folder)) if name in one.name), key=lambda p: p.matmuls)
-    return Figures(blocks, inner.bundles * UNIT / area, inner.matmul, inner.spills * UNIT / area)
+        inner = max((one.inner for one in tpu.programs(Path(folder)) if name in one.name), key=lambda x: x.matmuls)
+    return Figures(blocks, inner.own * UNIT / area, inner.matmul, inner.spills * UNIT / area)
 
 
 def floor(chip: str) -> dict[str, float]:
@@ -124,7 +124,7 @@ def floor(chip: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         tpu.prepare(Path(folder))
         _compile_products(chip, scores=1024, queries=512)
-        slots = {one.name: one.inner.matmul * one.inner.bundles for one in tpu.schedules(Path(folder))}
+        slots = {one.name: one.inner.matmul * one.inner.own for one in tpu.programs(Path(folder))}
     scores, values = (
         min(each for name, each in slots.items() if name.startswith(kind)) * UNIT / (1024 * 512)
         for kind in ("scores", "values")

@@ -10,7 +10,8 @@ import multiprocessing
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -50,47 +51,78 @@ def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: in
     return done
 
 
-def compile_for(chip: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """The compiled program of one chip for arguments of these shapes."""
+@contextmanager
+def meant(chip: str) -> Iterator[Any]:
+    """The mesh of one such chip, as the one that is compiled for."""
     import jax
     import numpy as np
     from jax.experimental import topologies
-    from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
-    mesh = Mesh(np.array(devices[:1]), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
-    place = NamedSharding(mesh, PartitionSpec())
-    placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
+    mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):
+        yield mesh
+
+
+def compile_for(chip: str, function: Callable[..., Any], *shapes: Any) -> Any:
+    """The compiled program of one chip for arguments of these shapes."""
+    import jax
+
+    with meant(chip) as mesh:
+        place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
         return jax.jit(function).lower(*placed).compile()
 
 
-class Piece(NamedTuple):
-    """A run of bundles between branches, and what its units do in all.
+class Region(NamedTuple):
+    """A run of bundles: the whole program, the body of a loop, or what a branch skips; and the regions within it.
 
-    matmul: share of the matrix units' issue slots taken; spills: registers stored to memory for want of room.
+    matmuls: products that its bundles issue; slots: how many they could; spills: registers stored for want of room.
     """
 
-    bundles: int
+    start: int
+    end: int
+    loop: bool
     matmuls: int
-    matmul: float
+    slots: int
     spills: int
-
-
-class Schedule(NamedTuple):
-    """name: of the Pallas call."""
-
-    name: str
-    pieces: list[Piece]
+    parts: tuple["Region", ...] = ()
 
     @property
-    def inner(self) -> Piece:
-        """The piece with the most matrix products: an interior block's."""
-        return max(self.pieces, key=lambda piece: piece.matmuls)
+    def own(self) -> int:
+        """Bundles outside of its parts."""
+        return self.end - self.start - sum(part.end - part.start for part in self.parts)
+
+    @property
+    def matmul(self) -> float:
+        """Share of the matrix units' issue slots that is taken."""
+        return self.matmuls / self.slots
+
+    def bundles(self, trips: float = 1, taken: float = 0) -> float:
+        """Of one run in which each loop turns `trips` times, and what it may skip is run in `taken` of the turns."""
+        loops = sum(trips * part.own + taken * sum(x.bundles() for x in part.parts) for part in self.parts if part.loop)
+        return self.own + loops + sum(part.bundles() for part in self.parts if not part.loop)
+
+    def all(self) -> Iterator["Region"]:
+        yield self
+        for part in self.parts:
+            yield from part.all()
 
 
-def schedules(dump: Path) -> list[Schedule]:
-    """Of every Pallas call that was compiled with this dump."""
+class Program(NamedTuple):
+    """name: of the Pallas call, or of XLA's kernel; body: its bundles."""
+
+    name: str
+    body: Region
+
+    @property
+    def inner(self) -> Region:
+        """The innermost region with the most matrix products: an interior block's."""
+        return max((x for x in self.body.all() if not any(part.matmuls for part in x.parts)), key=lambda x: x.matmuls)
+
+
+def programs(dump: Path) -> list[Program]:
+    """Of everything that was compiled with this dump."""
     found = []
     for bundles in sorted(dump.glob("*-final_bundles.txt")):
         if "schedule-analysis" in bundles.name:
@@ -98,33 +130,44 @@ def schedules(dump: Path) -> list[Schedule]:
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", bundles.name)
         rows = next(dump.glob(f"{glob.escape(stem)}-*final_hlo-static-per-bundle-utilization.txt"), None)
         if rows is not None:
-            found.append(Schedule(stem.split("-", 1)[1], _pieces(bundles.read_text(), rows.read_text())))
+            found.append(Program(stem.split("-", 1)[1], _body(bundles.read_text(), rows.read_text())))
     return found
 
 
-_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?P<label>LB|PF|PB|LH|LE|CT)?: +[> ]*\{")
+_BUNDLE = re.compile(r"^ *(?:0x)?[0-9a-f]+ +(?:LB|PF|PB|LH|LE|CT)?: +[> ]*\{", re.MULTILINE)
+_BRANCH = re.compile(r"sbr\.rel \([^)]*\) target = \$region(\d+)")
+_REGION = re.compile(r"Start(?:/End empty)? region (\d+)")
 
 
-def _pieces(bundles: str, utilization: str) -> list[Piece]:
-    """The program cut at branches, and where branches arrive."""
+def _body(bundles: str, utilization: str) -> Region:
+    """The program as regions: a branch forwards skips one, a branch backwards ends a loop."""
     head, body = utilization.split("== UTILIZATION:\n")
     names = [name.strip() for name in head.splitlines()[-2].split(",")]
     capacity = dict(zip(names, map(int, head.splitlines()[-1].split()), strict=True))
     rows = [dict(zip(names, map(int, line.split()), strict=True)) for line in body.splitlines() if line.strip()]
-    starts, branch, count = [0], False, 0
-    for line in bundles.splitlines():
-        found = _BUNDLE.match(line)
-        if found:
-            if count and (branch or found["label"]):
-                starts.append(count)
-            branch, count = False, count + 1
-        branch |= "sbr.rel" in line
-    if count != len(rows):
-        raise ValueError(f"{count} bundles and {len(rows)} rows of utilization: this libtpu writes them otherwise")
-    pieces = []
-    for start, end in zip(starts, [*starts[1:], count], strict=True):
-        part = rows[start:end]
-        matmuls = sum(row["MATMUL"] for row in part)
-        share = matmuls / (capacity["MATMUL"] * len(part))
-        pieces.append(Piece(len(part), matmuls, share, sum(row["VSTORE:SPILL"] for row in part)))
-    return pieces
+    starts = [found.start() for found in _BUNDLE.finditer(bundles)]
+    if len(starts) != len(rows):
+        raise ValueError(f"{len(starts)} bundles and {len(rows)} rows of utilization: this libtpu writes them otherwise")
+    texts = [bundles[start:end] for start, end in zip(starts, [*starts[1:], len(bundles)], strict=True)]
+    places: dict[str, int] = {}
+    for i, text in enumerate(texts):
+        for region in _REGION.findall(text):
+            places.setdefault(region, i)
+    branches = [(i, places[region]) for i, text in enumerate(texts) for region in _BRANCH.findall(text)]
+    spans = [(i + 1, to, False) if to > i else (to, i + 1, True) for i, to in branches]
+    slots = [row["MATMUL"] for row in rows], capacity["MATMUL"], [row["VSTORE:SPILL"] for row in rows]
+    return _nested(0, len(texts), False, sorted(spans, key=lambda span: (span[0], -span[1])), *slots)
+
+
+def _nested(
+    start: int, end: int, loop: bool, spans: list[tuple[int, int, bool]], matmuls: list[int], slots: int, spills: list[int]
+) -> Region:
+    """spans: what lies within, by start, the wider first."""
+    parts, at = [], start
+    for i, (first, last, is_loop) in enumerate(spans):
+        if first >= at and last > first:
+            within = [span for span in spans[i + 1 :] if span[1] <= last]
+            parts.append(_nested(first, last, is_loop, within, matmuls, slots, spills))
+            at = last
+    span = slice(start, end)
+    return Region(start, end, loop, sum(matmuls[span]), slots * (end - start), sum(spills[span]), tuple(parts))
