@@ -8,7 +8,6 @@ made of the static schedule walked with real trip counts, of bytes at the publis
 around (`tpu_bound`); of each peer, the lowest over block sizes that were tried. Nothing was run on a TPU.
 """
 
-import argparse
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -28,8 +27,20 @@ CALLS = [
     Call("head size 256, 4096", 4096, 4, 4, 256),
 ]
 
-FORWARD_SIZES = [Sizes(1024, 1024, 512), Sizes(2048, 2048, 512), Sizes(1024, 2048, 512), Sizes(512, 1024, 512), Sizes(2048, 1024, 256)]
-BACKWARD_SIZES = [Sizes(1024, 1024, 512), Sizes(2048, 2048, 512), Sizes(512, 1024, 512), Sizes(1024, 1024, 512, 3), Sizes(2048, 2048, 512, 3)]
+FORWARD_SIZES = [
+    Sizes(1024, 1024, 512),
+    Sizes(2048, 2048, 512),
+    Sizes(1024, 2048, 512),
+    Sizes(512, 1024, 512),
+    Sizes(2048, 1024, 256),
+]
+BACKWARD_SIZES = [
+    Sizes(1024, 1024, 512),
+    Sizes(2048, 2048, 512),
+    Sizes(512, 1024, 512),
+    Sizes(1024, 1024, 512, 3),
+    Sizes(2048, 2048, 512, 3),
+]
 
 
 class Plan(NamedTuple):
@@ -73,7 +84,9 @@ def flash(call: Call, chip: str, mode: str) -> Plan:
     def run(segments: Any, q: Any, k: Any, v: Any) -> Any:
         return joined(attention(split(q), split(k), split(v), mask(segments), impl="tpu_flash"))
 
-    q, kv = (jax.ShapeDtypeStruct((1, call.length, n, call.head_dim), jnp.bfloat16) for n in (call.heads, call.kv_heads))
+    q, kv = (
+        jax.ShapeDtypeStruct((1, call.length, n, call.head_dim), jnp.bfloat16) for n in (call.heads, call.kv_heads)
+    )
     segments = None if call.document is None else jax.ShapeDtypeStruct((1, call.length), jnp.int32)
     known = None if call.document is None else 1 + jnp.arange(call.length)[None] // call.document
     resolved = resolve(mask(known), 1, call.length, call.length)

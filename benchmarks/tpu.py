@@ -98,12 +98,14 @@ class Region(NamedTuple):
         """Share of the matrix units' issue slots that is taken."""
         return self.matmuls / self.slots
 
-    def bundles(self, trips: float = 1, taken: float = 0) -> float:
-        """Of one run in which each loop turns `trips` times, and what it may skip is run in `taken` of the turns."""
-        loops = sum(trips * part.own + taken * sum(x.bundles() for x in part.parts) for part in self.parts if part.loop)
-        return self.own + loops + sum(part.bundles() for part in self.parts if not part.loop)
+    def bundles(self, counts: Sequence[int] | None = None) -> int:
+        """Of one run. counts: how often it and each region in it runs, in the order of `all`; once, if not given."""
+        if counts is None:
+            return self.end - self.start
+        return sum(count * region.own for count, region in zip(counts, self.all(), strict=True))
 
     def all(self) -> Iterator["Region"]:
+        """Itself, and what is in it, by where it starts."""
         yield self
         for part in self.parts:
             yield from part.all()
@@ -147,7 +149,9 @@ def _body(bundles: str, utilization: str) -> Region:
     rows = [dict(zip(names, map(int, line.split()), strict=True)) for line in body.splitlines() if line.strip()]
     starts = [found.start() for found in _BUNDLE.finditer(bundles)]
     if len(starts) != len(rows):
-        raise ValueError(f"{len(starts)} bundles and {len(rows)} rows of utilization: this libtpu writes them otherwise")
+        raise ValueError(
+            f"{len(starts)} bundles and {len(rows)} rows of utilization: this libtpu writes them otherwise"
+        )
     texts = [bundles[start:end] for start, end in zip(starts, [*starts[1:], len(bundles)], strict=True)]
     places: dict[str, int] = {}
     for i, text in enumerate(texts):
@@ -160,7 +164,13 @@ def _body(bundles: str, utilization: str) -> Region:
 
 
 def _nested(
-    start: int, end: int, loop: bool, spans: list[tuple[int, int, bool]], matmuls: list[int], slots: int, spills: list[int]
+    start: int,
+    end: int,
+    loop: bool,
+    spans: list[tuple[int, int, bool]],
+    matmuls: list[int],
+    slots: int,
+    spills: list[int],
 ) -> Region:
     """spans: what lies within, by start, the wider first."""
     parts, at = [], start

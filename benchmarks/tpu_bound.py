@@ -6,7 +6,7 @@ count with the compiler's own estimate. Stalls are in none of this: it is a boun
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.tpu import Program, Region
@@ -35,10 +35,10 @@ class Core(NamedTuple):
 class Step(NamedTuple):
     """One step of a grid: how often each region runs, and which block of each operand it is at.
 
-    runs: by the region's name, 1, or (turns of its loop, turns that are not skipped).
+    runs: by a region's name, the counts of `Region.bundles`, or None.
     """
 
-    runs: Mapping[str, tuple[int, int]]
+    runs: Mapping[str, Sequence[int] | None]
     blocks: tuple[Any, ...]
 
 
@@ -47,9 +47,6 @@ class Operand(NamedTuple):
 
     bytes: int
     written: bool = False
-
-
-ONCE = (1, 1)
 
 
 def cycles(
@@ -71,10 +68,12 @@ def cycles(
     for step in steps:
         changed = [before is None or old != new for old, new in zip(before or step.blocks, step.blocks, strict=True)]
         read = sum(x.bytes for x, new in zip(operands, changed, strict=True) if new and not x.written)
-        done = 0 if before is None else sum(x.bytes for x, new in zip(operands, changed, strict=True) if new and x.written)
+        done = (
+            0 if before is None else sum(x.bytes for x, new in zip(operands, changed, strict=True) if new and x.written)
+        )
         # This step's blocks were copied while the step before ran, and the results of that one leave during this one.
         total += max(pending, (read + written) / core.bandwidth)
-        pending = always + sum(regions[name].bundles(*run) for name, run in step.runs.items())
+        pending = always + sum(regions[name].bundles(counts) for name, counts in step.runs.items())
         before, written = step.blocks, float(done)
     last = sum(x.bytes for x in operands if x.written)
     return total + max(pending, written / core.bandwidth) + last / core.bandwidth
@@ -101,5 +100,3 @@ def around(compiled_text: str) -> float:
 def padded(width: int) -> int:
     """Lanes that a row of this many values takes."""
     return -(-width // 128) * 128
-
-

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.tpu_bound import ONCE, Operand, Step, padded
+from benchmarks.tpu_bound import Operand, Step, padded
 
 F32, BF16 = 4, 2
 LANES, SUBLANES = 128, 8
@@ -57,8 +57,10 @@ class Flash:
         for visit in np.asarray(work.visits)[: int(work.steps)]:
             yield int(code.query(visit)), int(code.key(visit)), int(code.flags(visit))
 
-    def _strips(self, flags: int) -> tuple[int, int]:
-        return self.code.strips, sum(bool(flags & self.code.strip_flag(c)) for c in range(self.code.strips))
+    def _strips(self, flags: int) -> list[int]:
+        """Counts of the region, of its loop, and of what that skips."""
+        taken = sum(bool(flags & self.code.strip_flag(c)) for c in range(self.code.strips))
+        return [1, self.code.strips, taken]
 
     def forward(self, mask: Any) -> tuple[list[Operand], Iterator[Step]]:
         q, k, row = self.blocks.queries, self.blocks.keys, self.call.row
@@ -72,10 +74,16 @@ class Flash:
         visits = list(self.visits(mask))
         for n in range(self.call.heads):
             for i, j, flags in visits:
-                whole = flags & WHOLE and not flags & FIRST
-                runs = {"start": ONCE} if flags & FIRST else {}
-                runs |= {"whole": ONCE} if whole else {"strips": self._strips(flags)}
-                runs |= {"finish": ONCE} if flags & LAST else {}
+                first = bool(flags & FIRST)
+                runs: dict = {"start": None} if first else {}
+                if flags & WHOLE and not first:
+                    runs["whole"] = None
+                else:
+                    # Of a row's first strip the maximum is taken; the others go by the reference that it gives.
+                    counts = self._strips(flags)
+                    with_maximum = min(first, counts[2])
+                    runs["strips"] = [*counts, counts[2] - with_maximum, with_maximum]
+                runs |= {"finish": None} if flags & LAST else {}
                 kv = n // self.call.group, j
                 yield Step(runs, ((n, i), kv, kv, i, j, (n, i), (n, i)))
 
@@ -91,14 +99,14 @@ class Flash:
         from zoo.kernels.work_list import FIRST, LAST, WHOLE
 
         visits = list(self.visits(mask))
-        pieces = self.code.keys * self.code.strips, 0
+        pieces = [1, self.code.keys * self.code.strips]
         for n in range(self.call.heads):
             kv, member = divmod(n, self.call.group)
             for at, (i, j, flags) in enumerate(visits):
-                runs = {"clear": ONCE} if member == 0 and at == 0 else {}
-                runs |= {"start": ONCE} if flags & FIRST else {}
-                runs |= {"whole": ONCE} if flags & WHOLE else {"strips": self._strips(flags)}
-                runs |= {"finish": ONCE} if flags & LAST else {}
+                runs: dict = {"clear": None} if member == 0 and at == 0 else {}
+                runs |= {"start": None} if flags & FIRST else {}
+                runs |= {"whole": None} if flags & WHOLE else {"strips": self._strips(flags)}
+                runs |= {"finish": None} if flags & LAST else {}
                 runs |= {"write": pieces} if member == self.call.group - 1 and at == len(visits) - 1 else {}
                 query = (n, i)
                 yield Step(runs, (*[query] * 4, (kv, j), (kv, j), i, j, query, kv, kv))
@@ -150,8 +158,8 @@ class Splash:
             for i in range(queries):
                 active = [(j, kind) for j in range(keys) if (kind := self._kind(i, j))]
                 for at, (j, kind) in enumerate(active):
-                    runs = {kind: ONCE} | ({"init": ONCE} if at == 0 else {})
-                    runs |= {"end": ONCE} if at == len(active) - 1 else {}
+                    runs = {kind: None} | ({"init": None} if at == 0 else {})
+                    runs |= {"end": None} if at == len(active) - 1 else {}
                     kv = n // self.call.group, j
                     yield Step(runs, ((n, i), kv, kv, i, *((i, j) if segments else ()), *[(n, i)] * (1 + residuals)))
 
@@ -168,8 +176,8 @@ class Splash:
 
     def _backward(self, segments: bool) -> Iterator[Step]:
         for n, i, j, kind, first, last in self._order():
-            runs = {kind: ONCE} if kind else {}
-            runs |= ({"init": ONCE} if first else {}) | ({"write": ONCE} if last else {})
+            runs = {kind: None} if kind else {}
+            runs |= ({"init": None} if first else {}) | ({"write": None} if last else {})
             kv, query = (n // self.call.group, j), (n, i)
             part = (n, i, j) if self.sizes.steps is None else (n, i, j % 3)
             parts = [part] * (1 if self.sizes.steps is None else 2)

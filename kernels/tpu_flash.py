@@ -142,13 +142,14 @@ def _forward(call: Call, interpret: bool) -> Output:
         "acc": pltpu.VMEM((2, value, t), jnp.float32),
         "reference": pltpu.VMEM((1, t), jnp.float32),
         "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
-        "state": pltpu.SMEM((2,), jnp.int32),
+        "state": pltpu.SMEM((3,), jnp.int32),
     }
 
     def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
         b, n, step = (pl.program_id(i) for i in range(3))
-        flags = spec.code.flags(call.visit(scalars, b, step))
-        tpu_forward.visit(spec, tpu_forward.Operands(**named), Pairs(spec, scalars, *sides, b, n), flags)
+        visit = call.visit(scalars, b, step)
+        pairs = Pairs(spec, scalars, (spec.code.query(visit), spec.code.key(visit)), sides, b, n)
+        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs, spec.code.flags(visit))
 
     grid = (shape.batch, shape.heads, call.steps)
     out, lse = _run(call, "forward", grid, kernel, inputs, outputs, scratch, interpret)
@@ -234,9 +235,8 @@ def _backward_part(
         b, k, g, step = (pl.program_id(i) for i in range(4))
         visit, last_step = call.visit(scalars, b, step), pl.num_programs(3) - 1
         ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
-        pairs = Pairs(spec, scalars, *sides, b, k * spec.group + g)
-        operands = tpu_backward.Operands(**named)
-        tpu_backward.visit(spec, operands, pairs, spec.code.flags(visit), spec.code.key(visit), ends)
+        pairs = Pairs(spec, scalars, (spec.code.query(visit), spec.code.key(visit)), sides, b, k * spec.group + g)
+        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, spec.code.flags(visit), ends)
 
     grid = (b, shape.kv_heads, spec.group, call.steps)
     d_q, d_k, d_v = _run(call, "backward", grid, kernel, inputs, outputs, scratch, interpret)

@@ -1,13 +1,13 @@
 """The TPU kernel's forward pass: one visit of a block of queries to a block of keys.
 
 FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) rescales what it has summed whenever a row's maximum
-grows. Here most blocks do neither: a row's first block, taken with the running maximum, fixes a reference r, and whole
-blocks after it sum exp2(x - r) as it is. That is exact as long as no sum overflows, since the row's sum is at least 1
-from its first block on, and whatever underflows beside it is below its rounding. A sum above LIMIT is noticed
-after the block, whose sums went to a second set of accumulators: the block is then taken again with the running
-maximum, from the first set.
+grows. Here most keys do neither: a row's first strip of keys, taken with the running maximum, fixes a reference r, and
+what comes after it sums exp2(x - r) as it is. That is exact as long as no sum overflows, since a row's sum is at least
+1 from its first key on, and whatever underflows beside it is below its rounding. A sum above LIMIT is noticed
+afterwards, in a second set of accumulators: the strip is then taken again with the running maximum, from the first set.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +26,15 @@ UNSEEN = -1e30
 _LN_2 = 0.6931471805599453
 
 
+SET, DONE, SEEN = range(3)
+"""State: the set that holds the sums; whether a piece of work is done; whether all rows have a reference."""
+
+
 class Operands(NamedTuple):
     """References: q [t, H], k [s, H], v [s, H']; out [t, H'], lse [1, t]; and what is kept between visits.
 
     total [2, 8, t] and acc [2, H', t]: two sets of accumulators; reference [1, t]; scaled [t, H]: the scaled queries,
-    transposed where turned; state: the set that holds the sums, and whether this visit is done.
+    transposed where turned; state [3]: see SET.
     """
 
     q: Any
@@ -56,32 +60,20 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
         o.reference[...] = jnp.full(o.reference.shape, 0.0 if spec.bounded else UNSEEN, jnp.float32)
         scaled = o.q[...].astype(jnp.float32) * spec.query_factor
         o.scaled[...] = (scaled.T if blocks.turned else scaled).astype(spec.dtype)
-        o.state[0] = 0
+        o.state[SET], o.state[SEEN] = 0, int(spec.bounded)
 
-    o.state[1] = 0
+    o.state[DONE] = 0
 
-    @pl.when(whole if spec.bounded else whole & ((flags & FIRST) == 0))
+    @pl.when(whole & (o.state[SEEN] != 0))
     def _whole() -> None:
-        now = o.state[0]
-        fits = jnp.bool_(True)
-        for start in range(0, blocks.queries, blocks.rows):
-            part = slice(start, start + blocks.rows)
-            total, acc = o.total[now, :, part], o.acc[now, :, part]
-            for key in range(0, blocks.keys, blocks.step):
-                more, values = _weigh(spec, o, pairs, key, blocks.step, part, masked=False)
-                total, acc = total + more, acc + values
-            o.total[1 - now, :, part], o.acc[1 - now, :, part] = total, acc
-            if not spec.bounded:
-                fits &= jnp.max(total) < LIMIT
+        _steady(spec, o, pairs, range(0, blocks.keys, blocks.step), blocks.step, masked=False)
 
-        @pl.when(fits)
-        def _keep() -> None:
-            o.state[0] = 1 - now
-            o.state[1] = 1
-
-    @pl.when(o.state[1] == 0)
+    @pl.when(o.state[DONE] == 0)
     def _strips() -> None:
-        def strip(c: jax.Array, _: None) -> None:
+        def strip(i: jax.Array, _: None) -> None:
+            # From the last: under a causal mask every query has a key in its first one.
+            c = spec.code.strips - 1 - i
+
             @pl.when((flags & spec.code.strip_flag(c)) != 0)
             def _one() -> None:
                 _strip(spec, o, pairs, pl.multiple_of(c * spec.strip, spec.strip))
@@ -96,14 +88,6 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
         total = jnp.where(empty, 1, total)
         o.out[...] = (o.acc[now] / (total * (1 - spec.dropout))).T.astype(o.out.dtype)
         o.lse[...] = jnp.where(empty, -jnp.inf, (o.reference[...] + jnp.log2(total)) * _LN_2)
-
-
-def _weigh(
-    spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool
-) -> tuple[jax.Array, jax.Array]:
-    """Sums of weights [8, t] and of weighted values [H', t] over `size` keys, against the rows' reference."""
-    x = _scores(spec, o, pairs, key, size, part, masked=masked)
-    return _sums(spec, o, pairs, jnp.exp2(x - o.reference[:, part]), key, part)
 
 
 def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
@@ -126,14 +110,44 @@ def _sums(
 
 
 def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
-    """One strip of keys, masked, with the running maximum or against the bound."""
-    now = o.state[0]
-    whole = slice(0, spec.blocks.queries)
-    if spec.bounded:
-        total, acc = _weigh(spec, o, pairs, key, spec.strip, whole, masked=True)
-        o.total[now] += total
-        o.acc[now] += acc
-        return
+    """One strip of keys, masked."""
+    o.state[DONE] = 0
+
+    @pl.when(o.state[SEEN] != 0)
+    def _against_reference() -> None:
+        _steady(spec, o, pairs, [key], spec.strip, masked=True)
+
+    if not spec.bounded:
+
+        @pl.when(o.state[DONE] == 0)
+        def _with_maximum() -> None:
+            _rescaled(spec, o, pairs, key)
+
+
+def _steady(
+    spec: Spec, o: Operands, pairs: Pairs, keys: Sequence[int] | Sequence[jax.Array], size: int, *, masked: bool
+) -> None:
+    """Adds pieces of `size` keys against the rows' reference, into the other set; done unless a sum grows too large."""
+    now, fits = o.state[SET], jnp.bool_(True)
+    for start in range(0, spec.blocks.queries, spec.blocks.rows):
+        part = slice(start, start + spec.blocks.rows)
+        total, acc = o.total[now, :, part], o.acc[now, :, part]
+        for key in keys:
+            x = _scores(spec, o, pairs, key, size, part, masked=masked)
+            more, values = _sums(spec, o, pairs, jnp.exp2(x - o.reference[:, part]), key, part)
+            total, acc = total + more, acc + values
+        o.total[1 - now, :, part], o.acc[1 - now, :, part] = total, acc
+        if not spec.bounded:
+            fits &= jnp.max(total) < LIMIT
+
+    @pl.when(fits)
+    def _keep() -> None:
+        o.state[SET], o.state[DONE] = 1 - now, 1
+
+
+def _rescaled(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
+    """Adds one strip of keys, masked, with the running maximum, which becomes the rows' reference."""
+    now, whole = o.state[SET], slice(0, spec.blocks.queries)
     x = _scores(spec, o, pairs, key, spec.strip, whole, masked=True)
     before = o.reference[...]
     top = jnp.maximum(before, x.max(0, keepdims=True))
@@ -142,3 +156,23 @@ def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
     o.reference[...] = top
     o.total[now] = o.total[now] * shrink + total
     o.acc[now] = o.acc[now] * shrink + acc
+    o.state[SEEN] = (jnp.min(top) > UNSEEN).astype(jnp.int32)
+
+
+def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
+    """[s, t] in base 2."""
+    turned, keys = spec.blocks.turned, o.k[pl.ds(key, size), :]
+    products = (
+        product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
+    )
+    x, _ = scores(spec, products)
+    return pairs.masked(x, key, part.start) if masked else x
+
+
+def _sums(
+    spec: Spec, o: Operands, pairs: Pairs, weights: jax.Array, key: Any, part: slice
+) -> tuple[jax.Array, jax.Array]:
+    size, t = weights.shape
+    total = weights.reshape(size // SUBLANES, SUBLANES, t).sum(0)
+    kept = pairs.dropped(weights, key, part.start).astype(spec.dtype)
+    return total, product(spec, o.v[pl.ds(key, size), :], kept, (0, 0))

@@ -17,7 +17,7 @@ from zoo.kernels import work_list
 from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import LANES, Blocks
-from zoo.kernels.tpu_pairs import Scalars, Spec
+from zoo.kernels.tpu_pairs import Counted, Scalars, Spec
 from zoo.kernels.work_list import Code, WorkList
 
 STRIP = 512
@@ -59,6 +59,7 @@ class Call(NamedTuple):
             rows=mask_rows(mask),
             group=p.shape.heads // p.shape.kv_heads,
             rules=mask.rules,
+            counted=_counted(p.mask),
             hides=mask.hides,
             segments=mask.query.segments is not None,
             prefix=mask.prefix is not None,
@@ -102,6 +103,13 @@ class Call(NamedTuple):
     def name(self, direction: str) -> str:
         blocks = self.spec.blocks
         return f"flash_{direction}_h{self.problem.shape.head_dim}_q{blocks.rows}_k{blocks.step}"
+
+
+def _counted(mask: ResolvedMask) -> Counted | None:
+    query, key = mask.query, mask.key
+    if query.start is None or key.start is None or query.segments is not None or key.segments is not None:
+        return None
+    return Counted(query.start, key.start, key.length)
 
 
 def _work(mask: ResolvedMask, spec: Spec) -> WorkList:
@@ -159,9 +167,9 @@ def by_row(array: Any, columns: int, place: Place) -> Operand:
 
 
 def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:
-    """int32 [rows, 3, L] of queries and of keys: index, position and segment; nothing where no pair is looked at."""
+    """int32 [rows, 3, L] of queries and of keys: index, position and segment; nothing where the kernel needs none."""
     spec = call.spec
-    if not spec.sees_pairs:
+    if not spec.sees_pairs or spec.counted is not None:
         return {}
 
     def operand(side: Side, columns: int, place: Place) -> Operand:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from zoo.kernels import dropout as dropouts
-from zoo.kernels.mask import Rules, Side, pairs_allowed
+from zoo.kernels.mask import PADDING_INDEX, Rules, Side, pairs_allowed
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.work_list import Code
 
@@ -20,14 +20,26 @@ LOG2_E = 1.4426950408889634
 SUBLANES = 8
 
 
+class Counted(NamedTuple):
+    """Queries and keys whose index and position both count on: from what number, and how many keys there are."""
+
+    query: int
+    key: int
+    keys: int
+
+
 class Spec(NamedTuple):
-    """Static numbers of one kernel. rows: of the mask, 1 or B; group: query heads per key/value head."""
+    """Static numbers of one kernel. rows: of the mask, 1 or B; group: query heads per key/value head.
+
+    counted: None where indices or positions are known only to the program, or there are segments.
+    """
 
     blocks: Blocks
     code: Code
     rows: int
     group: int
     rules: Rules
+    counted: Counted | None
     hides: bool
     segments: bool
     prefix: bool
@@ -92,20 +104,36 @@ def scores(spec: Spec, products: jax.Array) -> tuple[jax.Array, jax.Array | None
 class Pairs:
     """Which pairs of one visit the mask keeps and which dropout keeps.
 
-    queries, keys: references to int32 [3, t] and [3, s]: global index, position and segment.
+    at: the visit's block of queries and of keys.
+    sides: references to int32 [3, t] and [3, s] of them: global index, position and segment; None where counted.
     """
 
-    def __init__(self, spec: Spec, scalars: Scalars, queries: Any, keys: Any, row: Any, head: Any) -> None:
-        self.spec, self.scalars, self.queries, self.keys, self.row, self.head = spec, scalars, queries, keys, row, head
+    def __init__(self, spec: Spec, scalars: Scalars, at: tuple, sides: tuple[Any, Any], row: Any, head: Any) -> None:
+        self.spec, self.scalars, self.row, self.head = spec, scalars, row, head
+        self.query_block, self.key_block = at
+        self.queries, self.keys = sides
 
-    def _query_side(self, start: int, size: int) -> Side:
+    def _query_side(self, start: int, shape: tuple[int, int]) -> Side:
+        """For a tile of [s, t] pairs."""
+        spec, size = self.spec, shape[1]
+        if spec.counted is not None:
+            first = spec.counted.query + self.query_block * spec.blocks.queries + start
+            index = first + jax.lax.broadcasted_iota(jnp.int32, (1, size), 1)
+            return Side(index, index, None)
         rows = [self.queries[i : i + 1, start : start + size] for i in range(3)]
-        return Side(rows[0], rows[1], rows[2] if self.spec.segments else None)
+        return Side(rows[0], rows[1], rows[2] if spec.segments else None)
 
-    def _key_side(self, start: Any, size: int) -> Side:
-        columns = jnp.transpose(self.keys[:, pl.ds(start, size)])
+    def _key_side(self, start: Any, shape: tuple[int, int]) -> Side:
+        """For a tile of [s, t] pairs."""
+        spec = self.spec
+        if spec.counted is not None:
+            place = self.key_block * spec.blocks.keys + start + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+            index = spec.counted.key + place
+            padded = jnp.where(place < spec.counted.keys, index, PADDING_INDEX) if spec.lengths else index
+            return Side(padded, index, None)
+        columns = jnp.transpose(self.keys[:, pl.ds(start, shape[0])])
         index, positions, segments = (columns[:, i : i + 1] for i in range(3))
-        return Side(index, positions, segments if self.spec.segments else None)
+        return Side(index, positions, segments if spec.segments else None)
 
     def masked(self, x: jax.Array, key_start: Any, query_start: int) -> jax.Array:
         """Scores [s, t] with -inf where the mask forbids."""
@@ -115,7 +143,7 @@ class Pairs:
         row = self.row if spec.rows > 1 else 0
         prefix = self.scalars.prefix[row] if spec.prefix else None
         lengths = self.scalars.lengths[row] if spec.lengths else None
-        query, key = self._query_side(query_start, size[1]), self._key_side(key_start, size[0])
+        query, key = self._query_side(query_start, size), self._key_side(key_start, size)
         keep = pairs_allowed(spec.rules, query, key, prefix, lengths)
         return x if keep is None else jnp.where(keep, x, -jnp.inf)
 
@@ -126,6 +154,6 @@ class Pairs:
             return x
         seed = [self.scalars.seed[i] for i in range(self.scalars.seed.shape[0])]
         counters = self.scalars.batch[self.row], self.scalars.heads[self.head]
-        query, key = self._query_side(query_start, size[1]), self._key_side(key_start, size[0])
+        query, key = self._query_side(query_start, size), self._key_side(key_start, size)
         words = dropouts.row_words(seed, *counters, query.index)
         return jnp.where(dropouts.pairs_kept(spec.dropout, *words, key.index), x, 0)
