@@ -25,11 +25,12 @@ from rich.progress import track
 
 from benchmarks import attention_history as history
 from benchmarks.attention_cases import Arrays, Case, cases, draw, error
+from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import interleaved, product_peak, setting
 from zoo.kernels import AttentionError, attention
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-Build = Callable[[Case], Attend]
+Build = Callable[[Case], Attend | TorchAttention]
 
 MODES = ("forward", "residuals", "backward", "both")
 
@@ -57,25 +58,43 @@ def jax_nn(case: Case) -> Attend:
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
 
 
-BUILD: dict[str, Build] = {"xla": zoo_build("xla"), "chunked": zoo_build("chunked"), "jax.nn": jax_nn}
+def torch_sdpa(case: Case) -> TorchAttention:
+    """torch's scaled_dot_product_attention, with the mask as an array where it is not just causal."""
+    if case.queries * case.keys > LARGEST_MASK and (case.window or case.document):
+        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
+    try:
+        return TorchAttention(case)
+    except ImportError:
+        raise Refused("torch is not installed: pip install torch") from None
+
+
+BUILD: dict[str, Build] = {
+    "xla": zoo_build("xla"),
+    "chunked": zoo_build("chunked"),
+    "jax.nn": jax_nn,
+    "torch": torch_sdpa,
+}
 
 
 @dataclass(frozen=True)
 class Program:
-    """A compiled program with its arguments, and what compiling told."""
+    """A program with its arguments, and what compiling told. answer(arrays): output and gradients, in mode "both"."""
 
     function: Callable[..., Any]
     arguments: tuple
-    compile_seconds: float
+    compile_seconds: float | None
     temporaries: int | None
     memory: int | None
+    answer: Callable[..., Any]
 
     def run(self) -> Any:
         return self.function(*self.arguments)
 
 
-def compiled(attend: Attend, mode: str, arrays: Arrays) -> Program:
+def compiled(attend: Attend | TorchAttention, mode: str, arrays: Arrays) -> Program:
     """`mode` of one implementation; raises what it raises where it cannot."""
+    if isinstance(attend, TorchAttention):
+        return Program(*attend.run(mode, arrays), None, None, None, attend.answer)
 
     def with_residuals(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         return jax.vjp(attend, q, k, v)
@@ -99,7 +118,7 @@ def compiled(attend: Attend, mode: str, arrays: Arrays) -> Program:
     memory = program.memory_analysis()
     temporaries = None if memory is None else memory.temp_size_in_bytes
     sizes = () if memory is None else (memory.argument_size_in_bytes, memory.output_size_in_bytes, temporaries)
-    return Program(program, arguments, seconds, temporaries, sum(sizes) if sizes else None)
+    return Program(program, arguments, seconds, temporaries, sum(sizes) if sizes else None, program)
 
 
 def run_case(
@@ -123,7 +142,7 @@ def run_case(
         rows[name]["implementation"] = name
         try:
             programs[name] = program = compiled(build(case), mode, arrays)
-            wrong = error(case, arrays, program.function) if mode == "both" else None
+            wrong = error(case, arrays, program.answer) if mode == "both" else None
         except (Refused, AttentionError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as problem:
             programs.pop(name, None)
             rows[name]["refused"] = str(problem).splitlines()[0]
@@ -182,7 +201,9 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", metavar="FAMILY", help="families of cases; default: all")
-    parser.add_argument("--implementations", nargs="+", default=list(BUILD), metavar="NAME")
+    parser.add_argument(
+        "--implementations", nargs="+", default=[name for name in BUILD if name != "torch"], metavar="NAME"
+    )
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "both"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--longest", type=int, default=4096, help="most keys of a case")

@@ -1,13 +1,17 @@
 """Modelled lower bounds of whole attention calls on TPUs that are not there, beside tokamax's splash attention.
 
-    pip install -e ".[aot]" && pip install --no-deps tokamax==0.0.12 qwix einshape jaxtyping pydantic ...
-    python -m benchmarks.attention_bound
+    pip install -e ".[aot]"
+    pip install --no-deps tokamax==0.0.12 qwix einshape typeguard==2.13.3 && pip install jaxtyping pydantic immutabledict
+    python -m benchmarks.attention_bound --chips v5e v6e
 
 One row of causal attention in bfloat16, arrays as each kernel reads them; `both` is forward and backward. A bound is
-made of the static schedule walked with real trip counts, of bytes at the published bandwidth, and of the kernels
-around (`tpu_bound`); of each peer, the lowest over block sizes that were tried. Nothing was run on a TPU.
+made of static schedules walked with real trip counts, of bytes at the published bandwidth, and of the kernels around
+(`benchmarks/tpu_bound.py`). Of tokamax the least over block sizes that were tried, which of this project are those of
+its table. Nothing was run on a TPU.
 """
 
+import argparse
+import itertools
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -27,17 +31,11 @@ CALLS = [
     Call("head size 256, 4096", 4096, 4, 4, 256),
 ]
 
-FORWARD_SIZES = [
-    Sizes(1024, 1024, 512),
-    Sizes(2048, 2048, 512),
-    Sizes(1024, 2048, 512),
-    Sizes(512, 1024, 512),
-    Sizes(2048, 1024, 256),
-]
+FORWARD_SIZES = [Sizes(512, 512, 512), Sizes(512, 1024, 512), Sizes(1024, 1024, 512), Sizes(2048, 2048, 512)]
 BACKWARD_SIZES = [
+    Sizes(512, 512, 512),
     Sizes(1024, 1024, 512),
     Sizes(2048, 2048, 512),
-    Sizes(512, 1024, 512),
     Sizes(1024, 1024, 512, 3),
     Sizes(2048, 2048, 512, 3),
 ]
@@ -162,3 +160,43 @@ def bound(implementation: str, call: Call, chip: str, mode: str, *sizes: Sizes) 
         program = next(one for one in programs if name in one.name)
         kernels += tpu_bound.cycles(program, regions, operands, steps, core)
     return Bound(kernels / core.clock, tpu_bound.around(compiled.as_text()) / core.clock)
+
+
+def cases(chip: str, mode: str, call: Call) -> list[tuple]:
+    """Arguments of `bound` for this project and for all that is tried of tokamax."""
+    sizes: list[tuple] = [(one,) for one in FORWARD_SIZES]
+    if mode == "both":
+        sizes = [(FORWARD_SIZES[2], one) for one in BACKWARD_SIZES]
+    return [("flaxzoo", call, chip, mode), *(("tokamax", call, chip, mode, *one) for one in sizes)]
+
+
+def row(chip: str, mode: str, call: Call, found: dict[tuple, Bound | str]) -> str:
+    ours, *theirs = (found[case] for case in cases(chip, mode, call))
+    bounds = [(one, case[-1]) for one, case in zip(theirs, cases(chip, mode, call)[1:], strict=True)]
+    compiled = [(one.total, one, sizes) for one, sizes in bounds if isinstance(one, Bound)]
+    cells = [chip, mode, call.name]
+    cells += [f"{1e6 * x:.0f}" for x in (ours.kernels, ours.around)] if isinstance(ours, Bound) else [ours, ""]
+    if not compiled:
+        return f"| {' | '.join([*cells, str(bounds[0][0]), '', '', ''])} |"
+    total, best, sizes = min(compiled, key=lambda one: one[0])
+    cells += [f"{1e6 * x:.0f}" for x in (best.kernels, best.around)]
+    cells += [str(sizes), f"{ours.total / total:.2f}" if isinstance(ours, Bound) else ""]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--chips", nargs="+", default=["v5e", "v5p", "v6e"], choices=tpu_bound.MACS)
+    parser.add_argument("--modes", nargs="+", default=["forward", "both"], choices=("forward", "both"))
+    parser.add_argument("--calls", nargs="+", type=int, default=range(len(CALLS)), help="which of them, from 0")
+    given = parser.parse_args()
+    wanted = list(itertools.product(given.chips, given.modes, (CALLS[i] for i in given.calls)))
+    found = tpu.in_processes(bound, [case for one in wanted for case in cases(*one)], share=1)
+    print("| chip | mode | call | kernels, us | around | tokamax's kernels | around | its blocks | ratio of both |")
+    print("|---|---|---|---:|---:|---:|---:|---|---:|")
+    for one in wanted:
+        print(row(*one, found))
+
+
+if __name__ == "__main__":
+    main()

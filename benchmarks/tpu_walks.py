@@ -121,6 +121,9 @@ class Sizes:
     tile: int
     steps: int | None = None
 
+    def __str__(self) -> str:
+        return f"{self.queries} x {self.keys} / {self.tile}{', 3 parts' if self.steps else ''}"
+
 
 class Splash:
     """Walks of splash attention's kernels over what a causal mask, with a window, leaves."""
