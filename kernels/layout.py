@@ -7,6 +7,7 @@ inside shard_map already is not wrapped again (axes that it left open are the pa
 to know the global indices.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -127,6 +128,9 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
         if group is not None:
             k, v = (jax.lax.dynamic_slice_in_dim(x, group[0], 1, axis=2) for x in (problem.k, problem.v))
             problem = problem.replace(k=k, v=v)
+        if cut.queries:
+            mask = problem.mask
+            problem = problem.replace(mask=dataclasses.replace(mask, rules=mask.rules._replace(counted=False)))
         return attend(problem, sinks)
 
     heads = PartitionSpec(cut.heads or None)

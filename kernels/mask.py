@@ -125,12 +125,13 @@ def _narrower(a: Limits, b: Limits) -> Limits:
 
 
 class Rules(NamedTuple):
-    """The static part of a resolved mask."""
+    """The static part of a resolved mask. counted: positions are known to be counted from 0, in queries and keys."""
 
     causal: bool
     left: int | None
     right: int | None
     where: Where | None
+    counted: bool
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "positions", "segments"), meta_fields=())
@@ -199,6 +200,7 @@ def resolve(
     positions = _pair(mask.positions, "positions", batch, queries, keys)
     sides = []
     firsts = (first_query, first_key)
+    counted = mask.positions is None and all(isinstance(first, int) and first == 0 for first in firsts)
     for first, length, position, segment in zip(firsts, (queries, keys), positions, segments, strict=True):
         index = first + jnp.arange(length, dtype=jnp.int32)
         sides.append(Side(index, index[None] if position is None else position, segment))
@@ -206,7 +208,7 @@ def resolve(
         *sides,
         prefix=_per_row(mask.prefix, "prefix", batch),
         lengths=_per_row(mask.lengths, "lengths", batch),
-        rules=Rules(mask.causal, left, right, mask.where),
+        rules=Rules(mask.causal, left, right, mask.where, counted),
     )
 
 

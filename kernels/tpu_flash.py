@@ -64,7 +64,7 @@ def supports(problem: Problem) -> str | None:
 
 def or_chunked(problem: Problem) -> Engine:
     """These kernels where a TPU is compiled for and they take the call, else `chunked`."""
-    return Chunked() if supports(problem) else ByPlatform(TpuFlash(), Chunked())
+    return Chunked() if supports(problem) else ByPlatform(Chunked(), tpu=TpuFlash())
 
 
 def captures(where: Where | None) -> bool:
