@@ -20,7 +20,7 @@ from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
-from zoo.kernels.memory import from_bits, to_bits
+from zoo.kernels.memory import from_bits, platform, to_bits
 from zoo.kernels.problem import Problem, grouped, varying_axes, varying_over
 
 CPU_BLOCK_BYTES = 2**22
@@ -42,6 +42,21 @@ class Chunked(NamedTuple):
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
         return _by_platform(self.blocks, _backward, problem, output, gradient)
+
+
+def temporaries(problem: Problem) -> int:
+    """Bytes: four blocks of scores, and copies of arguments and gradients in the loops' layout.
+
+    More by one block each for a soft cap and a bias; the gradient of an array as bias is summed whole. Sums in float32
+    of the gradients of k and v lie in the results where those are float32. On TPUs an upper limit: VMEM holds a part.
+    """
+    p, shape, size = problem, problem.shape, problem.q.dtype.itemsize
+    t, s = _cpu_blocks(p) if platform() == "cpu" else _square_blocks(p)
+    block = _score_bytes(p) * _block(shape.queries, t) * _block(shape.keys, s)
+    blocks = 4 + (p.soft_cap is not None) + (p.bias is not None)
+    sums = p.dtype.itemsize if size < p.dtype.itemsize else 0
+    whole_bias = 0 if p.bias is None or isinstance(p.bias, biases.Bias) else 2 * p.bias.size * p.dtype.itemsize
+    return blocks * block + p.dtype.itemsize * p.q.size + (size + sums) * (p.k.size + p.v.size) + whole_bias
 
 
 def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: Output) -> Any:

@@ -163,6 +163,19 @@ def supports(problem: Problem) -> str | None:
     return _mask_refusal(p) or _refusal_of_jax(p.q.shape, p.k.shape, p.q.dtype, Call.of(p, "cudnn"))
 
 
+def temporaries(problem: Problem) -> int:
+    """Bytes: the log-sum-exp, and what cuDNN says that its backward pass works in.
+
+    A float32 sum of the gradient of q, a number a row, and the gradients of k and v by query head where heads share
+    them. Not checked against a GPU: the compiler does not count the space that cuDNN asks for.
+    """
+    p, shape = problem, problem.shape
+    rows = shape.batch * shape.heads * shape.queries
+    group = shape.heads // shape.kv_heads
+    by_head = p.q.dtype.itemsize * group * (p.k.size + p.v.size) if group > 1 else 0
+    return 4 * p.q.size + 2 * 4 * rows + by_head
+
+
 def _mask_refusal(problem: Problem) -> str | None:
     mask, shape = problem.mask, problem.shape
     rules = mask.rules

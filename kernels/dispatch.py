@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from zoo.kernels import cudnn, engine, layout, reference, ring, tpu_flash, ulysses
+from zoo.kernels import chunked, cudnn, engine, layout, reference, ring, tpu_flash, ulysses
 from zoo.kernels.bias import Bias
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.cudnn import JaxNN
@@ -28,11 +28,13 @@ SMALL_SCORES = 2**18
 class Implementation(NamedTuple):
     """supports(problem) is None, or the reason why it cannot take it; problem's arrays are one device's part.
 
+    temporaries(problem): bytes that it needs beside arguments and results, forward and backward, estimated.
     cuts_keys: whether it takes keys and values cut along the length, as the queries are.
     """
 
     attend: Callable[[Problem], AttentionOutput]
     supports: Callable[[Problem], str | None]
+    temporaries: Callable[[Problem], int]
     cuts_keys: bool = False
 
 
@@ -50,14 +52,16 @@ def _within_budget(problem: Problem) -> str | None:
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(reference.attend, _within_budget),
-    "chunked": Implementation(partial(engine.attend, Chunked()), lambda problem: None),
+    "xla": Implementation(reference.attend, _within_budget, reference.temporaries),
+    "chunked": Implementation(partial(engine.attend, Chunked()), lambda problem: None, chunked.temporaries),
     "tpu_flash": Implementation(
-        partial(engine.attend, ByPlatform(TpuFlash(interpret=True), tpu=TpuFlash())), tpu_flash.supports
+        partial(engine.attend, ByPlatform(TpuFlash(interpret=True), tpu=TpuFlash())),
+        tpu_flash.supports,
+        tpu_flash.temporaries,
     ),
-    "cudnn": Implementation(partial(engine.attend, JaxNN()), cudnn.supports),
-    "ring": Implementation(ring.attend, ring.supports, cuts_keys=True),
-    "ulysses": Implementation(ulysses.attend, ulysses.supports, cuts_keys=True),
+    "cudnn": Implementation(partial(engine.attend, JaxNN()), cudnn.supports, cudnn.temporaries),
+    "ring": Implementation(ring.attend, ring.supports, ring.temporaries, cuts_keys=True),
+    "ulysses": Implementation(ulysses.attend, ulysses.supports, ulysses.temporaries, cuts_keys=True),
 }
 
 ENGINES: dict[str, Engine] = {"chunked": Chunked(), "tpu_flash": TpuFlash(), "cudnn": JaxNN()}
@@ -241,12 +245,14 @@ class Candidate(NamedTuple):
     """One implementation's answer to a call.
 
     refusal: why it cannot take it, or None. chosen: where impl="auto" takes it: "everywhere", "on TPUs", "on CUDA
-    GPUs", "elsewhere", or None for nowhere.
+    GPUs", "elsewhere", or None for nowhere. temporaries: bytes that it needs on one device beside arguments and
+    results, forward and backward: an estimate, None where it is refused.
     """
 
     name: str
     refusal: str | None
     chosen: str | None
+    temporaries: int | None
 
 
 def explain(
@@ -271,11 +277,13 @@ def explain(
     """
     answers: dict[str, Candidate] = {}
 
-    def record(cuts_keys: bool, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
-        choice = choose(problem)
+    def record(place: layout.Layout, cuts_keys: bool, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+        choice, gathered = choose(problem), layout.gathered_bytes(place, problem)
         for name, one in IMPLEMENTATIONS.items():
             if one.cuts_keys == cuts_keys:
-                answers[name] = Candidate(name, one.supports(problem), choice.where(name))
+                refusal = one.supports(problem)
+                size = one.temporaries(problem) + gathered if refusal is None else None
+                answers[name] = Candidate(name, refusal, choice.where(name), size)
         if not cuts_keys:
             return _attend("auto", problem, sinks)
         rows = problem.q.shape[:3]
@@ -293,7 +301,7 @@ def explain(
         }
         for cuts_keys in (False, True):
             problem, place = _prepare(cuts_keys, q, k, v, mask, partition, **options)
-            layout.run(place, partial(record, cuts_keys), problem, None)
+            layout.run(place, partial(record, place, cuts_keys), problem, None)
 
     jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)
     return list(answers.values())
