@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from zoo.kernels import AttentionError, Bias, Mask, attention, cudnn, dispatch, engine, explain
 from zoo.kernels.problem import build
@@ -233,6 +233,21 @@ def test_lowers_for_cuda(found: None, impl: str, mask: Mask) -> None:
     # Nothing reads the second forward pass: the compiler leaves it out. (In regions of `auto`, names come again.)
     second = calls[1][0]
     assert impl == "auto" or not re.search(rf"(?<!hlo.transpose ){second}#\d", text)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_lowers_for_cuda_on_a_mesh(found: None, kind: AxisType) -> None:
+    mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(kind,) * 2)
+    spec = PartitionSpec("data", None, "tensor")
+    given = [x.update(sharding=NamedSharding(mesh, spec)) for x in shapes()]
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        partition = spec if kind == AxisType.Auto else None
+        return jnp.sum(attention(q, k, v, Mask(causal=True), partition=partition).astype(jnp.float32))
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text and "dot_general" not in text
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "rocm"])
