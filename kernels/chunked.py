@@ -47,16 +47,18 @@ class Chunked(NamedTuple):
 def temporaries(problem: Problem) -> int:
     """Bytes: four blocks of scores, and copies of arguments and gradients in the loops' layout.
 
-    More by one block each for a soft cap and a bias; the gradient of an array as bias is summed whole. Sums in float32
-    of the gradients of k and v lie in the results where those are float32. On TPUs an upper limit: VMEM holds a part.
+    More by one block each for a soft cap and a bias. Gradients of k, v and an array as bias are summed whole, in
+    float32; in the results where those are float32. On TPUs an upper limit: VMEM holds a part.
     """
     p, shape, size = problem, problem.shape, problem.q.dtype.itemsize
     t, s = _cpu_blocks(p) if platform() == "cpu" else _square_blocks(p)
     block = _score_bytes(p) * _block(shape.queries, t) * _block(shape.keys, s)
     blocks = 4 + (p.soft_cap is not None) + (p.bias is not None)
-    sums = p.dtype.itemsize if size < p.dtype.itemsize else 0
-    whole_bias = 0 if p.bias is None or isinstance(p.bias, biases.Bias) else 2 * p.bias.size * p.dtype.itemsize
-    return blocks * block + p.dtype.itemsize * p.q.size + (size + sums) * (p.k.size + p.v.size) + whole_bias
+    wide = p.dtype.itemsize
+    copies = wide * p.q.size + (size + (wide if size < wide else 0)) * (p.k.size + p.v.size)
+    if isinstance(p.bias, jax.Array) and p.bias.dtype.itemsize < wide:
+        copies += p.bias.size * (p.bias.dtype.itemsize + wide)
+    return blocks * block + copies
 
 
 def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: Output) -> Any:

@@ -38,14 +38,8 @@ class Implementation(NamedTuple):
     cuts_keys: bool = False
 
 
-def score_bytes(problem: Problem) -> int:
-    """Size of the [B, N, T, S] scores."""
-    shape = problem.shape
-    return shape.batch * shape.heads * shape.queries * shape.keys * problem.dtype.itemsize
-
-
 def _within_budget(problem: Problem) -> str | None:
-    size = score_bytes(problem)
+    size = reference.score_bytes(problem)
     if size <= SCORE_BUDGET:
         return None
     return f"its scores take {size / 2**30:.1f} GiB a device, above {SCORE_BUDGET / 2**30:.0f}: use impl='chunked'"
@@ -231,7 +225,7 @@ class Choice(NamedTuple):
 
 def choose(problem: Problem) -> Choice:
     """The plain equation for small scores and decoding, else what is linear in memory."""
-    small = score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
+    small = reference.score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
     if small and IMPLEMENTATIONS["xla"].supports(problem) is None:
         return Choice("xla", "xla", "xla")
 

@@ -13,14 +13,17 @@ from zoo.kernels.problem import Shape
 FACTOR = 1.5
 
 
-def compiled(impl: str, *arrays: jax.ShapeDtypeStruct, **options: Any) -> int:
-    """Bytes of temporaries of one forward and backward pass."""
+def compiled(impl: str, *arrays: jax.ShapeDtypeStruct, bias: Any = None, **options: Any) -> int:
+    """Bytes of temporaries of one forward and backward pass; a bias is learned."""
 
-    def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
-        output, pull = jax.vjp(lambda q, k, v: attention(q, k, v, impl=impl, **options), q, k, v)
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any, gradient: jax.Array) -> tuple[jax.Array, tuple]:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
+            return attention(q, k, v, impl=impl, bias=bias, **options)
+
+        output, pull = jax.vjp(attend, q, k, v, bias)
         return output, pull(gradient)
 
-    program = jax.jit(step, out_shardings=arrays[0].sharding).lower(*arrays, arrays[0]).compile()
+    program = jax.jit(step, out_shardings=arrays[0].sharding).lower(*arrays, bias, arrays[0]).compile()
     return program.memory_analysis().temp_size_in_bytes
 
 
@@ -48,7 +51,8 @@ def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) 
         (Shape(2, 1024, 1024, 8, 2, 64), {}),
         (Shape(1, 2048, 512, 4, 4, 128), {}),
         (Shape(1, 512, 2048, 4, 4, 64), {}),
-        (Shape(2, 1024, 1024, 8, 4, 64), {"bias": jnp.zeros((8, 1024, 1024))}),
+        (Shape(2, 1024, 1024, 8, 4, 64), {"bias": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.float32)}),
+        (Shape(2, 1024, 1024, 8, 4, 64), {"bias": jax.ShapeDtypeStruct((8, 1024, 1024), jnp.bfloat16)}),
         (
             Shape(2, 512, 512, 8, 4, 64),
             {"soft_cap": 20.0, "dropout": 0.1, "dropout_key": jax.random.key(0), "bias": Bias(alibi, jnp.ones(8))},
