@@ -1,7 +1,8 @@
 """Modelled lower bounds of whole attention calls on TPUs that are not there, beside tokamax's splash attention.
 
     pip install -e ".[aot]"
-    pip install --no-deps tokamax==0.0.12 qwix einshape typeguard==2.13.3 && pip install jaxtyping pydantic immutabledict
+    pip install --no-deps tokamax==0.0.12 qwix einshape typeguard==2.13.3
+    pip install jaxtyping pydantic immutabledict
     python -m benchmarks.attention_bound --chips v5e v6e
 
 One row of causal attention in bfloat16, arrays as each kernel reads them; `both` is forward and backward. A bound is

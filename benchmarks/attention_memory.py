@@ -2,6 +2,7 @@
 
     python -m benchmarks.attention_memory
     python -m benchmarks.attention_memory --compile-for v5e     (needs the extra `aot`, and no TPU)
+    python -m benchmarks.attention_memory --compile-for h100    (needs the extra `aot-cuda`, and no GPU)
 
 Forward and backward, causal, 8 heads of 64, bfloat16, for whatever `jax.default_backend()` is. The compiler's own
 figure (`memory_analysis`): nothing is run, so that lengths far beyond this machine can be asked for. Temporaries do
@@ -18,22 +19,29 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from benchmarks import tpu
+from benchmarks import cuda, tpu
 from zoo.kernels import AttentionError, Mask, attention
 
 MIB = 2**20
 
 
-def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64) -> int:
-    """Bytes of temporaries of one forward and backward pass over [1, length, heads, head_dim]."""
+def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64, gpu: str | None = None) -> int:
+    """Bytes of temporaries of one forward and backward pass over [1, length, heads, head_dim].
+
+    gpu: one of cuda.TARGETS to compile for, in the place of what is there.
+    """
     shape = jax.ShapeDtypeStruct((1, length, heads, head_dim), jnp.bfloat16)
+    attend = partial(attention, impl=impl, partition=PartitionSpec() if gpu else None)
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
-        output, pull = jax.vjp(lambda q, k, v: attention(q, k, v, Mask(causal=True), impl=impl), q, k, v)
+        output, pull = jax.vjp(lambda q, k, v: attend(q, k, v, Mask(causal=True)), q, k, v)
         return output, pull(gradient)
 
-    memory = jax.jit(step).lower(shape, shape, shape, shape).compile().memory_analysis()
+    shapes = (shape,) * 4
+    program = cuda.compile_for(gpu, step, *shapes) if gpu else jax.jit(step).lower(*shapes).compile()
+    memory = program.memory_analysis()
     if memory is None:
         raise SystemExit(f"the backend {jax.default_backend()} does not say what memory a program takes: use cpu")
     return memory.temp_size_in_bytes
@@ -94,11 +102,13 @@ def table(lengths: Sequence[int], measures: Mapping[str, Callable[[int], int]]) 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192, 16384, 32768, 65536])
-    parser.add_argument("--compile-for", choices=tpu.TOPOLOGIES, help="a TPU that need not be there")
+    parser.add_argument("--compile-for", choices=[*tpu.TOPOLOGIES, *cuda.TARGETS], help="what need not be there")
     given = parser.parse_args()
     chip = given.compile_for
     measures = {impl: partial(temporaries, impl) for impl in ("xla", "chunked")}
-    if chip:
+    if chip in cuda.TARGETS:
+        measures = {impl: partial(temporaries, impl, gpu=chip) for impl in ("xla", "chunked")}
+    elif chip:
         tpu.prepare()
         measures = {impl: partial(tpu_temporaries, chip, impl=impl) for impl in ("tpu_flash", "splash")}
     print(f"jax {jax.__version__}, {chip or jax.default_backend()}")

@@ -56,7 +56,7 @@ def cycles(
     steps: Iterable[Step],
     core: Core,
 ) -> float:
-    """names: of the regions of a grid step, in the order in which they stand. Raises ValueError where they do not fit."""
+    """names: of the regions of a grid step, in the order in which they stand. ValueError: where they do not fit."""
     loop, step_body = _grid(program.body)
     if len(step_body.parts) != len(names):
         raise ValueError(f"{program.name} has {len(step_body.parts)} regions in a step, not {', '.join(names)}")

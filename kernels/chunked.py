@@ -20,7 +20,7 @@ from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import ResolvedMask, Side, allowed, block_kinds
-from zoo.kernels.memory import from_bits, to_bits
+from zoo.kernels.memory import from_bits, platform, to_bits
 from zoo.kernels.problem import Problem, grouped, varying_axes, varying_over
 
 CPU_BLOCK_BYTES = 2**22
@@ -42,6 +42,23 @@ class Chunked(NamedTuple):
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
         return _by_platform(self.blocks, _backward, problem, output, gradient)
+
+
+def temporaries(problem: Problem) -> int:
+    """Bytes: four blocks of scores, and copies of arguments and gradients in the loops' layout.
+
+    More by one block each for a soft cap and a bias. Gradients of k, v and an array as bias are summed whole, in
+    float32; in the results where those are float32. On TPUs an upper limit: VMEM holds a part.
+    """
+    p, shape, size = problem, problem.shape, problem.q.dtype.itemsize
+    t, s = _cpu_blocks(p) if platform() == "cpu" else _square_blocks(p)
+    block = _score_bytes(p) * _block(shape.queries, t) * _block(shape.keys, s)
+    blocks = 4 + (p.soft_cap is not None) + (p.bias is not None)
+    wide = p.dtype.itemsize
+    copies = wide * p.q.size + (size + (wide if size < wide else 0)) * (p.k.size + p.v.size)
+    if isinstance(p.bias, jax.Array) and p.bias.dtype.itemsize < wide:
+        copies += p.bias.size * (p.bias.dtype.itemsize + wide)
+    return blocks * block + copies
 
 
 def _by_platform(blocks: Blocks | None, run: Callable[..., Any], problem: Problem, *arguments: Output) -> Any:

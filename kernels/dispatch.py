@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from zoo.kernels import engine, layout, reference, ring, tpu_flash, ulysses
+from zoo.kernels import chunked, cudnn, engine, layout, reference, ring, tpu_flash, ulysses
 from zoo.kernels.bias import Bias
 from zoo.kernels.chunked import Chunked
-from zoo.kernels.engine import ByPlatform
+from zoo.kernels.cudnn import JaxNN
+from zoo.kernels.engine import ByPlatform, Engine
 from zoo.kernels.mask import AttentionError, Mask
 from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_arrays, varying_axes, varying_over
 from zoo.kernels.tpu_flash import TpuFlash
@@ -27,36 +28,38 @@ SMALL_SCORES = 2**18
 class Implementation(NamedTuple):
     """supports(problem) is None, or the reason why it cannot take it; problem's arrays are one device's part.
 
+    temporaries(problem): bytes that it needs beside arguments and results, forward and backward, estimated.
     cuts_keys: whether it takes keys and values cut along the length, as the queries are.
     """
 
     attend: Callable[[Problem], AttentionOutput]
     supports: Callable[[Problem], str | None]
+    temporaries: Callable[[Problem], int]
     cuts_keys: bool = False
 
 
-def score_bytes(problem: Problem) -> int:
-    """Size of the [B, N, T, S] scores."""
-    shape = problem.shape
-    return shape.batch * shape.heads * shape.queries * shape.keys * problem.dtype.itemsize
-
-
 def _within_budget(problem: Problem) -> str | None:
-    size = score_bytes(problem)
+    size = reference.score_bytes(problem)
     if size <= SCORE_BUDGET:
         return None
     return f"its scores take {size / 2**30:.1f} GiB a device, above {SCORE_BUDGET / 2**30:.0f}: use impl='chunked'"
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "xla": Implementation(reference.attend, _within_budget),
-    "chunked": Implementation(partial(engine.attend, Chunked()), lambda problem: None),
+    "xla": Implementation(reference.attend, _within_budget, reference.temporaries),
+    "chunked": Implementation(partial(engine.attend, Chunked()), lambda problem: None, chunked.temporaries),
     "tpu_flash": Implementation(
-        partial(engine.attend, ByPlatform(TpuFlash(), TpuFlash(interpret=True))), tpu_flash.supports
+        partial(engine.attend, ByPlatform(TpuFlash(interpret=True), tpu=TpuFlash())),
+        tpu_flash.supports,
+        tpu_flash.temporaries,
     ),
-    "ring": Implementation(ring.attend, ring.supports, cuts_keys=True),
-    "ulysses": Implementation(ulysses.attend, ulysses.supports, cuts_keys=True),
+    "cudnn": Implementation(partial(engine.attend, JaxNN()), cudnn.supports, cudnn.temporaries),
+    "ring": Implementation(ring.attend, ring.supports, ring.temporaries, cuts_keys=True),
+    "ulysses": Implementation(ulysses.attend, ulysses.supports, ulysses.temporaries, cuts_keys=True),
 }
+
+ENGINES: dict[str, Engine] = {"chunked": Chunked(), "tpu_flash": TpuFlash(), "cudnn": JaxNN()}
+"""What `auto` joins where it takes one thing on one platform and another elsewhere."""
 
 
 @overload
@@ -127,7 +130,8 @@ def attention(
     dropout, dropout_key: probability and jax.random key; no key, no dropout. Which probabilities are dropped is a
         function of the key and the global indices: the same for every implementation and every sharding.
     scale: factor of the products, 1 / sqrt(H) where not given.
-    impl: "auto", "xla", "chunked" or "tpu_flash" (elsewhere than on a TPU it is interpreted, for tests); see `explain`.
+    impl: "auto", "xla", "chunked", "tpu_flash" (elsewhere than on a TPU it is interpreted, for tests) or "cudnn" (on
+        CUDA GPUs alone); see `explain`.
         "ring" and "ulysses" cut k and v over the mesh axes of the length as q is (T equal S), where all others gather
         them: name one for lengths that a device cannot hold. `auto` takes neither.
     partition: how q's [B, T, N] are cut over the mesh: a PartitionSpec, or a NamedSharding where no mesh is set. Not
@@ -153,6 +157,7 @@ def attention(
         dropout=dropout,
         dropout_key=dropout_key,
         scale=scale,
+        wants_lse=return_lse or sinks is not None,
     )
     sinks = _check_sinks(sinks, problem.shape)
     output = _place(impl, place, problem, sinks)
@@ -186,13 +191,15 @@ def _place(impl: str, place: layout.Layout, problem: Problem, sinks: jax.Array |
 
 def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
     """One device's part."""
-    names = choose(problem) if impl == "auto" else Choice(impl, impl)
-    for name in names:
+    names = choose(problem) if impl == "auto" else Choice(impl, impl, impl)
+    for name in dict.fromkeys(names):
         refusal = IMPLEMENTATIONS[name].supports(problem)
         if refusal is not None:
             raise AttentionError(f"impl={name!r} cannot take this call: {refusal}")
-    differs = names.tpu != names.elsewhere
-    attend = partial(engine.attend, tpu_flash.or_chunked(problem)) if differs else IMPLEMENTATIONS[names.tpu].attend
+    attend = IMPLEMENTATIONS[names.elsewhere].attend
+    if len(set(names)) > 1:
+        engines = {platform: ENGINES[name] for platform, name in names._asdict().items()}
+        attend = partial(engine.attend, ByPlatform(engines.pop("elsewhere"), **engines))
     problem, sinks = varying_over((problem, sinks), varying_axes((problem, sinks)))
     output, lse = attend(problem)
     if sinks is not None:
@@ -203,31 +210,43 @@ def _attend(impl: str, problem: Problem, sinks: jax.Array | None) -> AttentionOu
 
 
 class Choice(NamedTuple):
-    """What `auto` takes on a TPU, and on any other platform."""
+    """What `auto` takes on TPUs, on CUDA GPUs, and on any other platform."""
 
     tpu: str
+    cuda: str
     elsewhere: str
+
+    def where(self, name: str) -> str | None:
+        """The platforms that take this one, in words."""
+        if name == self.elsewhere:
+            return "everywhere" if len(set(self)) == 1 else "elsewhere"
+        return {self.tpu: "on TPUs", self.cuda: "on CUDA GPUs"}.get(name)
 
 
 def choose(problem: Problem) -> Choice:
     """The plain equation for small scores and decoding, else what is linear in memory."""
-    small = score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
+    small = reference.score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
     if small and IMPLEMENTATIONS["xla"].supports(problem) is None:
-        return Choice("xla", "xla")
-    refused = IMPLEMENTATIONS["tpu_flash"].supports(problem) is not None
-    return Choice("chunked" if refused else "tpu_flash", "chunked")
+        return Choice("xla", "xla", "xla")
+
+    def or_chunked(name: str) -> str:
+        return name if IMPLEMENTATIONS[name].supports(problem) is None else "chunked"
+
+    return Choice(tpu=or_chunked("tpu_flash"), cuda=or_chunked("cudnn"), elsewhere="chunked")
 
 
 class Candidate(NamedTuple):
     """One implementation's answer to a call.
 
-    refusal: why it cannot take it, or None. chosen: where impl="auto" takes it: "everywhere", "on TPUs", "elsewhere",
-    or None for nowhere.
+    refusal: why it cannot take it, or None. chosen: where impl="auto" takes it: "everywhere", "on TPUs", "on CUDA
+    GPUs", "elsewhere", or None for nowhere. temporaries: bytes that it needs on one device beside arguments and
+    results, forward and backward: an estimate, None where it is refused.
     """
 
     name: str
     refusal: str | None
     chosen: str | None
+    temporaries: int | None
 
 
 def explain(
@@ -239,10 +258,12 @@ def explain(
     bias: Bias | ArrayLike | None = None,
     soft_cap: float | None = None,
     logits_bound: float | None = None,
+    sinks: ArrayLike | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
     partition: layout.Partition = None,
+    return_lse: bool = False,
 ) -> list[Candidate]:
     """Every implementation of a call of `attention` and, where it was refused, why. Takes arrays or their shapes.
 
@@ -250,13 +271,13 @@ def explain(
     """
     answers: dict[str, Candidate] = {}
 
-    def record(cuts_keys: bool, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
-        choice = choose(problem)
-        platforms = {(True, True): "everywhere", (True, False): "on TPUs", (False, True): "elsewhere"}
+    def record(place: layout.Layout, cuts_keys: bool, problem: Problem, sinks: jax.Array | None) -> AttentionOutput:
+        choice, gathered = choose(problem), layout.gathered_bytes(place, problem)
         for name, one in IMPLEMENTATIONS.items():
             if one.cuts_keys == cuts_keys:
-                where = platforms.get((name == choice.tpu, name == choice.elsewhere))
-                answers[name] = Candidate(name, one.supports(problem), where)
+                refusal = one.supports(problem)
+                size = one.temporaries(problem) + gathered if refusal is None else None
+                answers[name] = Candidate(name, refusal, choice.where(name), size)
         if not cuts_keys:
             return _attend("auto", problem, sinks)
         rows = problem.q.shape[:3]
@@ -270,10 +291,11 @@ def explain(
             "dropout": dropout,
             "dropout_key": key,
             "scale": scale,
+            "wants_lse": return_lse or sinks is not None,
         }
         for cuts_keys in (False, True):
             problem, place = _prepare(cuts_keys, q, k, v, mask, partition, **options)
-            layout.run(place, partial(record, cuts_keys), problem, None)
+            layout.run(place, partial(record, place, cuts_keys), problem, None)
 
     jax.eval_shape(trace, q, k, v, mask, bias, dropout_key)
     return list(answers.values())

@@ -40,17 +40,23 @@ class Engine(Protocol):
 
 
 class ByPlatform(NamedTuple):
-    """The engine of the platform that is compiled for, settled at lowering."""
+    """The engine of the platform that is compiled for, settled at lowering; `default` where it has none of its own."""
 
-    tpu: Engine
     default: Engine
+    tpu: Engine | None = None
+    cuda: Engine | None = None
 
     def forward(self, problem: Problem) -> Output:
-        return jax.lax.platform_dependent(problem, tpu=self.tpu.forward, default=self.default.forward)
+        special = {platform: engine.forward for platform, engine in self._special().items()}
+        return jax.lax.platform_dependent(problem, default=self.default.forward, **special)
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
-        tpu, default = self.tpu.backward, self.default.backward
-        return jax.lax.platform_dependent(problem, output, gradient, tpu=tpu, default=default)
+        special = {platform: engine.backward for platform, engine in self._special().items()}
+        return jax.lax.platform_dependent(problem, output, gradient, default=self.default.backward, **special)
+
+    def _special(self) -> dict[str, Engine]:
+        engines = {"tpu": self.tpu, "cuda": self.cuda}
+        return {name: engine for name, engine in engines.items() if engine is not None and engine != self.default}
 
 
 def attend(engine: Engine, problem: Problem) -> AttentionOutput:

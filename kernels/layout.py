@@ -144,6 +144,12 @@ def run(layout: Layout, attend: Attend, problem: Problem, sinks: jax.Array | Non
     return jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=out)(*arguments)
 
 
+def gathered_bytes(layout: Layout, problem: Problem) -> int:
+    """Of keys and values that are gathered for queries cut over the length, and of their gradients."""
+    whole = bool(layout.cut.queries) and not layout.keys
+    return 2 * problem.q.dtype.itemsize * (problem.k.size + problem.v.size) if whole else 0
+
+
 def _specs(problem: Problem, cut: Cut, keys: Names, kv_heads: Names) -> Problem:
     """The problem with PartitionSpecs in the place of arrays."""
     batch, queries, heads = (names or None for names in cut)

@@ -11,6 +11,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 
+def platform() -> str:
+    """What is compiled for, as far as a process knows: by the mesh that is set, else by its own devices."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def to_bits(x: jax.Array) -> jax.Array:
     """A 16-bit float as uint16; anything else as it is."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x

@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("q", "k", "v", "mask", "bias", "seed", "batch", "heads"),
-    meta_fields=("scale", "soft_cap", "bound", "dropout", "length_axes"),
+    meta_fields=("scale", "soft_cap", "bound", "dropout", "wants_lse", "length_axes"),
 )
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -60,6 +60,7 @@ class Problem:
     q [B, T, N, H], k [B, S, K, H], v [B, S, K, H']; bias with four dimensions, or a Bias, or None.
     seed: uint32 words, or None without dropout; batch [B] and heads [N]: global indices of rows and query heads.
     bound: no score is greater or less than it; None where that is not known.
+    wants_lse: whether the log-sum-exp is read, and may have a gradient.
     length_axes: mesh axes of the enclosing shard_map that cut T and S alike; none where k and v are whole.
     """
 
@@ -75,6 +76,7 @@ class Problem:
     soft_cap: float | None
     bound: float | None
     dropout: float
+    wants_lse: bool = True
     length_axes: tuple[str, ...] = ()
 
     @property
@@ -109,6 +111,7 @@ def build(
     dropout_key: jax.Array | None = None,
     scale: float | None = None,
     origin: Origin = WHOLE,
+    wants_lse: bool = True,
     length_axes: tuple[str, ...] = (),
 ) -> Problem:
     """The checked call; raises AttentionError where arguments do not fit one another."""
@@ -135,6 +138,7 @@ def build(
         soft_cap=None if soft_cap is None else float(soft_cap),
         bound=min(bounds, default=None) if bias is None else None,
         dropout=0.0 if seed is None else float(dropout),
+        wants_lse=wants_lse,
         length_axes=length_axes,
     )
 

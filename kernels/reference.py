@@ -10,6 +10,23 @@ from zoo.kernels.memory import saved
 from zoo.kernels.problem import AttentionOutput, Problem, grouped
 
 
+def score_bytes(problem: Problem) -> int:
+    """Size of the [B, N, T, S] scores."""
+    shape = problem.shape
+    return shape.batch * shape.heads * shape.queries * shape.keys * problem.dtype.itemsize
+
+
+def temporaries(problem: Problem) -> int:
+    """Bytes: the arrays of whole scores that live at once, forward and backward; results are no temporaries.
+
+    Scores, weights and the gradients of both; one more for float32's products; the slope of a soft cap; half a one for
+    the hash of a dropout. Within a quarter of what compilers count, for a CPU more and for a GPU less.
+    """
+    p = problem
+    arrays = 4 + (p.q.dtype.itemsize >= 4) + (p.soft_cap is not None) + 0.5 * (p.seed is not None)
+    return int(arrays * score_bytes(p))
+
+
 def attend(problem: Problem) -> AttentionOutput:
     """Quadratic memory; differentiable any number of times, forward and reverse."""
     p, shape, mask = problem, problem.shape, problem.mask

@@ -39,6 +39,18 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def temporaries(problem: Problem) -> int:
+    """Bytes: those of a part's own attention, and what is passed on.
+
+    The gradients of k and v are summed in float32 twice, of which one is on its way, and so are k and v; the gradient
+    of q is summed once; q, the output and its gradient are laid in zig-zag order.
+    """
+    p = problem
+    size, wide = p.q.dtype.itemsize, p.dtype.itemsize
+    passed = (2 * wide + size) * (p.k.size + p.v.size) + (wide + 3 * size) * p.q.size
+    return passed + tpu_flash.temporaries_or_chunked(p)
+
+
 def attend(problem: Problem) -> AttentionOutput:
     """Exact, differentiable once, in reverse; inside shard_map over problem.length_axes, in contiguous parts."""
     p, axes = problem, problem.length_axes

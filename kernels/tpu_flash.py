@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from zoo.kernels import tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
+from zoo.kernels import chunked, tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
 from zoo.kernels.mask import Where
+from zoo.kernels.memory import platform
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
@@ -62,9 +63,31 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def temporaries(problem: Problem) -> int:
+    """Bytes: a copy of every argument and result as the kernels read it, head sizes rounded up to whole lanes.
+
+    That is for arrays that lie as [B, L, N, H]. Where they come from, and go to, products, as in a model, the compiler
+    lays most of them as they are needed; small ones it keeps in VMEM.
+    """
+    p, shape, lanes = problem, problem.shape, tpu_blocks.LANES
+    blocks = tpu_blocks.find("backward", p)
+    widths = [-(-width // lanes) * lanes * p.q.dtype.itemsize for width in (shape.head_dim, p.v.shape[-1])]
+    queries = shape.batch * shape.heads * -(-shape.queries // blocks.queries) * blocks.queries
+    keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
+    parts = -(-shape.keys // keys_of_part(p, blocks))
+    partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
+    return 2 * (queries + keys) * sum(widths) + partial_sums
+
+
 def or_chunked(problem: Problem) -> Engine:
     """These kernels where a TPU is compiled for and they take the call, else `chunked`."""
-    return Chunked() if supports(problem) else ByPlatform(TpuFlash(), Chunked())
+    return Chunked() if supports(problem) else ByPlatform(Chunked(), tpu=TpuFlash())
+
+
+def temporaries_or_chunked(problem: Problem) -> int:
+    """Bytes of what `or_chunked` gives on the platform that is compiled for."""
+    here = platform() == "tpu" and supports(problem) is None
+    return temporaries(problem) if here else chunked.temporaries(problem)
 
 
 def captures(where: Where | None) -> bool:

@@ -28,6 +28,19 @@ def supports(problem: Problem) -> str | None:
     return None
 
 
+def temporaries(problem: Problem) -> int:
+    """Bytes: q, k and v as exchanged, and the attention of whole lengths over some of the heads."""
+    p, n = problem, jax.lax.axis_size(problem.length_axes)
+
+    def whole(x: jax.Array) -> jax.ShapeDtypeStruct:
+        rows, length, heads, width = x.shape
+        return jax.ShapeDtypeStruct((rows, length * n, max(1, heads // n), width), x.dtype)
+
+    laid = p.replace(q=whole(p.q), k=whole(p.k), v=whole(p.v))
+    exchanged = p.q.dtype.itemsize * (laid.q.size + laid.k.size + laid.v.size)
+    return exchanged + tpu_flash.temporaries_or_chunked(laid)
+
+
 def attend(problem: Problem) -> AttentionOutput:
     """Exact, differentiable once, in reverse; inside shard_map over problem.length_axes, in contiguous parts."""
     p, axes, n = problem, problem.length_axes, jax.lax.axis_size(problem.length_axes)

@@ -1,5 +1,6 @@
 """The TPU kernels compiled for chips that are not there: whether they compile, what they hold, their schedules."""
 
+import functools
 import importlib.util
 import re
 
@@ -46,6 +47,24 @@ def test_temporaries_beside_splash() -> None:
     """8 heads of 128 at 32k: the values' transposed copy is nearly all."""
     ours, splash = (attention_memory.tpu_temporaries("v5e", 32768, impl) for impl in ("tpu_flash", "splash"))
     assert ours < 70 * 2**20 < splash
+
+
+@pytest.mark.parametrize(("chip", "heads", "head_dim"), [("v5e", 8, 64), ("v6e", 8, 128)])
+def test_estimate_of_temporaries(chip: str, heads: int, head_dim: int) -> None:
+    """`explain` beside the compiler, for arrays that lie as [B, L, N, H]."""
+    shape = jax.ShapeDtypeStruct((1, 16384, heads, head_dim), jnp.bfloat16)
+    attend = functools.partial(kernels.attention, mask=kernels.Mask(causal=True), impl="tpu_flash", partition=P())
+
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, gradient: jax.Array) -> tuple[jax.Array, tuple]:
+        output, pull = jax.vjp(attend, q, k, v)
+        return output, pull(gradient)
+
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=tpu.TOPOLOGIES[chip]).devices
+    with jax.set_mesh(Mesh(np.array(devices[:1]), ("one",), axis_types=(AxisType.Auto,))):
+        candidates = kernels.explain(shape, shape, shape, kernels.Mask(causal=True), partition=P())
+    (estimate,) = (one.temporaries for one in candidates if one.name == "tpu_flash")
+    found = tpu.compile_for(chip, step, *(shape,) * 4).memory_analysis().temp_size_in_bytes
+    assert 2 / 3 < estimate / found < 3 / 2
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])

@@ -19,7 +19,7 @@ def shapes(t: int, s: int | None = None, b: int = 1, n: int = 2, k: int = 1, h: 
 
 def chosen(*arguments, **options) -> dict[str, str]:
     """By where `auto` takes it, the implementation."""
-    return {where: name for name, _, where in explain(*arguments, **options) if where}
+    return {one.chosen: one.name for one in explain(*arguments, **options) if one.chosen}
 
 
 def test_auto() -> None:
@@ -63,7 +63,7 @@ def test_nothing_quadratic_above_the_budget() -> None:
         ({"sinks": jnp.ones(3)}, r"sinks have shape \(3,\): they must be \(4,\)"),
         ({"soft_cap": 0.0}, "soft_cap=0.0"),
         ({"impl": "chunkd"}, "impl='chunkd' is unknown: did you mean 'chunked'"),
-        ({"impl": "cudnn2"}, "give auto, xla or chunked"),
+        ({"impl": "fused"}, "give auto, xla or chunked"),
         ({"mask": Mask(segments=jnp.ones((2, 9), int))}, "query segments have shape"),
     ],
 )
