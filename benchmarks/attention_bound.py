@@ -94,8 +94,8 @@ def flash(call: Call, chip: str, mode: str) -> Plan:
     def find(q: Any, k: Any, v: Any) -> None:
         for direction in ("forward", "backward"):
             problem = build(q, k, v, mask(known))
-            blocks = tpu_blocks.find(direction, problem)
-            walks[direction] = Flash(call, blocks, tpu_layout.code_of(problem, blocks))
+            laid_out = tpu_layout.Call.of(problem, tpu_blocks.find(direction, problem))
+            walks[direction] = Flash(call, laid_out.spec)
 
     with tpu.meant(chip):
         jax.eval_shape(find, q, kv, kv)

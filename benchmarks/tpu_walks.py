@@ -37,13 +37,13 @@ class Call:
 
 
 class Flash:
-    """Walks of `tpu_flash`; blocks and code: as the kernel has them for this call."""
+    """Walks of `tpu_flash`; spec: the kernel's static numbers for this call."""
 
-    FORWARD = ("start", "whole", "strips", "finish")
+    FORWARD = ("start", "whole", "masked", "strips", "finish")
     BACKWARD = ("clear", "start", "whole", "strips", "finish", "write")
 
-    def __init__(self, call: Call, blocks: Any, code: Any) -> None:
-        self.call, self.blocks, self.code = call, blocks, code
+    def __init__(self, call: Call, spec: Any) -> None:
+        self.call, self.spec, self.blocks, self.code = call, spec, spec.blocks, spec.code
 
     def visits(self, mask: Any) -> Iterator[tuple[int, int, int]]:
         """(block of queries, block of keys, flags), in the kernel's order; mask: resolved, its arrays known."""
@@ -75,13 +75,16 @@ class Flash:
         for n in range(self.call.heads):
             for i, j, flags in visits:
                 first = bool(flags & FIRST)
+                seen = self.spec.sees_itself or not first
                 runs: dict = {"start": None} if first else {}
-                if flags & WHOLE and not first:
+                if seen and flags & WHOLE:
                     runs["whole"] = None
+                elif seen and self.code.all_strips(flags):
+                    runs["masked"] = None
                 else:
-                    # Of a row's first strip the maximum is taken; the others go by the reference that it gives.
+                    # Of a row's first strip the maximum is taken, the others go by the reference that it gives.
                     counts = self._strips(flags)
-                    with_maximum = min(first, counts[2])
+                    with_maximum = min(not seen, counts[2])
                     runs["strips"] = [*counts, counts[2] - with_maximum, with_maximum]
                 runs |= {"finish": None} if flags & LAST else {}
                 kv = n // self.call.group, j

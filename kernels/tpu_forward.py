@@ -1,10 +1,11 @@
 """The TPU kernel's forward pass: one visit of a block of queries to a block of keys.
 
 FlashAttention (Dao et al. 2022, https://arxiv.org/abs/2205.14135) rescales what it has summed whenever a row's maximum
-grows. Here most keys do neither: a row's first strip of keys, taken with the running maximum, fixes a reference r, and
-what comes after it sums exp2(x - r) as it is. That is exact as long as no sum overflows, since a row's sum is at least
-1 from its first key on, and whatever underflows beside it is below its rounding. A sum above LIMIT is noticed
-afterwards, in a second set of accumulators: the strip is then taken again with the running maximum, from the first set.
+grows. Here most keys do neither: a row has a reference r, and exp2(x - r) is summed as it is. Where a query sees its
+own key r is the score of that; else a row's first strip of keys is taken with the running maximum, which becomes r.
+That is exact as long as no sum overflows, since a row's sum is about 1 at least from its first keys on, and whatever
+underflows beside it is below its rounding. A sum above LIMIT is noticed afterwards, in a second set of accumulators:
+the strip is then taken again with the running maximum, from the first set.
 """
 
 from collections.abc import Sequence
@@ -57,16 +58,28 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
     def _start() -> None:
         o.total[0] = jnp.zeros(o.total.shape[1:], jnp.float32)
         o.acc[0] = jnp.zeros(o.acc.shape[1:], jnp.float32)
-        o.reference[...] = jnp.full(o.reference.shape, 0.0 if spec.bounded else UNSEEN, jnp.float32)
         scaled = o.q[...].astype(jnp.float32) * spec.query_factor
         o.scaled[...] = (scaled.T if blocks.turned else scaled).astype(spec.dtype)
-        o.state[SET], o.state[SEEN] = 0, int(spec.bounded)
+        o.state[SET], o.state[SEEN] = 0, int(spec.bounded or spec.sees_itself)
+        if spec.sees_itself:
+            own = o.k[pl.ds(pairs.own_keys(), blocks.queries), :].astype(jnp.float32)
+            o.reference[...] = (scaled.T * own.T).sum(0, keepdims=True)
+        else:
+            o.reference[...] = jnp.full(o.reference.shape, 0.0 if spec.bounded else UNSEEN, jnp.float32)
 
     o.state[DONE] = 0
 
-    @pl.when(whole & (o.state[SEEN] != 0))
+    seen, tiles = o.state[SEEN] != 0, range(0, blocks.keys, blocks.step)
+
+    @pl.when(whole & seen)
     def _whole() -> None:
-        _steady(spec, o, pairs, range(0, blocks.keys, blocks.step), blocks.step, masked=False)
+        _steady(spec, o, pairs, tiles, blocks.step, masked=False)
+
+    if spec.hides:
+
+        @pl.when(~whole & seen & spec.code.all_strips(flags))
+        def _masked() -> None:
+            _steady(spec, o, pairs, tiles, blocks.step, masked=True)
 
     @pl.when(o.state[DONE] == 0)
     def _strips() -> None:

@@ -60,6 +60,7 @@ class Call(NamedTuple):
             group=p.shape.heads // p.shape.kv_heads,
             rules=mask.rules,
             counted=_counted(p.mask),
+            sees_itself=_sees_itself(p, blocks),
             hides=mask.hides,
             segments=mask.query.segments is not None,
             prefix=mask.prefix is not None,
@@ -110,6 +111,17 @@ def _counted(mask: ResolvedMask) -> Counted | None:
     if query.start is None or key.start is None or query.segments is not None or key.segments is not None:
         return None
     return Counted(query.start, key.start, key.length)
+
+
+def _sees_itself(problem: Problem, blocks: Blocks) -> bool:
+    """See Spec."""
+    p, counted, rules = problem, _counted(problem.mask), problem.mask.rules
+    if counted is None or p.bias is not None or p.mask.lengths is not None or rules.where is not None:
+        return False
+    apart = counted.query - counted.key
+    there = 0 <= apart <= counted.keys - p.shape.queries and (rules.left is None or rules.left >= 0)
+    last = rules.causal or rules.right == 0
+    return there and last and p.mask.prefix is None and apart % blocks.queries == blocks.keys % blocks.queries == 0
 
 
 def _work(mask: ResolvedMask, spec: Spec) -> WorkList:

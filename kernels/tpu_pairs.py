@@ -31,7 +31,8 @@ class Counted(NamedTuple):
 class Spec(NamedTuple):
     """Static numbers of one kernel. rows: of the mask, 1 or B; group: query heads per key/value head.
 
-    counted: None where indices or positions are known only to the program, or there are segments.
+    counted: None where indices or positions are known only to the program, or there are segments. sees_itself: whether
+    each query attends to the key at its own position, and those of a block lie in the first block of keys it visits.
     """
 
     blocks: Blocks
@@ -40,6 +41,7 @@ class Spec(NamedTuple):
     group: int
     rules: Rules
     counted: Counted | None
+    sees_itself: bool
     hides: bool
     segments: bool
     prefix: bool
@@ -112,6 +114,13 @@ class Pairs:
         self.spec, self.scalars, self.row, self.head = spec, scalars, row, head
         self.query_block, self.key_block = at
         self.queries, self.keys = sides
+
+    def own_keys(self) -> jax.Array:
+        """Where in the visit's block of keys those lie that are at the positions of its queries."""
+        blocks, counted = self.spec.blocks, self.spec.counted
+        assert counted is not None
+        first = counted.query - counted.key + self.query_block * blocks.queries
+        return pl.multiple_of(first - self.key_block * blocks.keys, blocks.queries)
 
     def _query_side(self, start: int, shape: tuple[int, int]) -> Side:
         """For a tile of [s, t] pairs."""

@@ -58,6 +58,9 @@ class Code:
         """The bit that says whether the mask leaves anything of a strip."""
         return 1 << (_FLAGS + strip)
 
+    def all_strips(self, flags: jax.Array) -> jax.Array:
+        return (flags >> _FLAGS) == (1 << self.strips) - 1
+
 
 class WorkList(NamedTuple):
     """visits: int32 [rows pairs], row after row; steps: the visits of the longest row, int32 []. Of jax or of numpy."""
