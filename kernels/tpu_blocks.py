@@ -63,18 +63,22 @@ class Entry(NamedTuple):
         )
 
 
-# Chosen by the static schedule of an interior block, as `python -m benchmarks.schedule` prints it; not measured.
+# Chosen by the modelled bound of whole calls, as `python -m benchmarks.attention_bound` prints it; not measured.
 TABLE = (
     Entry("forward", 512, 1024, 512, 512, dtype="float32"),
     Entry("backward", 256, 512, 256, 512, dtype="float32"),
-    Entry("forward", 1024, 2048, 1024, 512, turned=True, chip="v6e"),
+    Entry("forward", 1024, 1024, 1024, 1024, turned=True, chip="v6e", length=2048),
+    Entry("forward", 1024, 2048, 1024, 1024, turned=True, chip="v6e"),
     Entry("backward", 512, 1024, 512, 512, turned=True, chip="v6e"),
-    Entry("forward", 1024, 2048, 1024, 512, turned=True, chip="v7x"),
+    Entry("forward", 1024, 1024, 1024, 1024, turned=True, chip="v7x", length=2048),
+    Entry("forward", 1024, 2048, 1024, 1024, turned=True, chip="v7x"),
     Entry("backward", 512, 1024, 512, 512, turned=True, chip="v7x"),
     Entry("backward", 512, 1024, 512, 512, chip="v5p"),
     Entry("forward", 512, 1024, 512, 512, chip="v4"),
     Entry("backward", 512, 512, 256, 512, chip="v4"),
-    Entry("forward", 512, 2048, 512, 1024),
+    Entry("forward", 512, 1024, 512, 512, length=2048),
+    Entry("forward", 512, 2048, 512, 512, length=8192),
+    Entry("forward", 1024, 2048, 512, 512),
     Entry("backward", 512, 1024, 256, 512),
 )
 
@@ -113,9 +117,10 @@ def vmem() -> int:
 
 
 def find(direction: str, problem: Problem) -> Blocks:
-    """The blocks of `chosen` for a call, cut to its lengths."""
-    shape = problem.shape
+    """The blocks of `chosen` for a call, cut to its lengths. A window makes a call one of its own length, twice."""
+    shape, left = problem.shape, problem.mask.rules.left
     head_dim, length = max(shape.head_dim, problem.v.shape[-1]), max(shape.queries, shape.keys)
+    length = length if left is None else min(length, 2 * (left + 1))
     blocks = chosen(direction, chip() or "v5e", head_dim, length, str(problem.q.dtype))
     queries, rows = _cut(shape.queries, blocks.queries, blocks.rows)
     keys, step = _cut(shape.keys, blocks.keys, blocks.step)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from zoo.kernels import Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout
-from zoo.kernels.problem import build
+from zoo.kernels.problem import Origin, build
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_flash import TpuFlash
 
@@ -143,6 +143,45 @@ def test_scores_that_outgrow_the_reference(rise: float) -> None:
     # A score itself is rounded to 2^-24 of its size.
     np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=2e-5 + 2**-22 * rise)
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("turned", "queries_first"), [(False, 0), (True, 128)])
+@pytest.mark.parametrize("rise", [-1000.0, 40.0, 1000.0])
+def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int) -> None:
+    """Its own score is the reference: others are greater by up to `rise`, or less. Queries may be the last keys."""
+    keys = 512
+    scores = rise * (1 - jnp.arange(keys) / keys) + jnp.sin(jnp.arange(float(keys)))
+    k = jnp.broadcast_to(scores[None, :, None, None] / 64, (1, keys, 1, 64))
+    v = jax.random.normal(jax.random.key(0), k.shape)
+    q = jnp.ones((1, keys - queries_first, 1, 64))
+    problem = build(q, k, v, Mask(causal=True), scale=1.0, origin=Origin(query=queries_first))
+    call = tpu_layout.Call.of(problem, FORWARD)
+    assert call.spec.sees_itself
+    expected, result = reference.attend(problem), engine.attend(flash(turned), problem)
+    # A score, a sum of 64 products, is rounded to some 2^-22 of its size.
+    np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=2e-5 + 2**-20 * abs(rise))
+    np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mask", "queries", "first"),
+    [
+        (Mask(), 512, 0),
+        (Mask(causal=True, prefix=3), 512, 0),
+        (Mask(causal=True, segments=np.ones((1, 512), int)), 512, 0),
+        (Mask(causal=True, lengths=np.array([512])), 512, 0),
+        (Mask(causal=True, where=lambda q, k: (q - k) % 2 == 1), 512, 0),
+        (Mask(causal=True, positions=np.arange(512)), 512, 0),
+        (Mask(window=(None, 3)), 512, 0),
+        (Mask(causal=True), 384, 129),
+        (Mask(causal=True), 512, 128),
+    ],
+)
+def test_a_query_that_may_not_see_itself(mask: Mask, queries: int, first: int) -> None:
+    """Or whose own key is in another block, or past the last."""
+    q, k = jnp.ones((1, queries, 1, 64)), jnp.ones((1, 512, 1, 64))
+    problem = build(q, k, k, mask, origin=Origin(query=first))
+    assert not tpu_layout.Call.of(problem, FORWARD).spec.sees_itself
 
 
 @pytest.mark.parametrize("turned", [False, True])
