@@ -146,7 +146,7 @@ def test_scores_that_outgrow_the_reference(rise: float) -> None:
 
 
 @pytest.mark.parametrize(("turned", "queries_first"), [(False, 0), (True, 128)])
-@pytest.mark.parametrize("rise", [-1000.0, 40.0, 1000.0])
+@pytest.mark.parametrize("rise", [-200.0, 40.0, 200.0])
 def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int) -> None:
     """Its own score is the reference: others are greater by up to `rise`, or less. Queries may be the last keys."""
     keys = 512
