@@ -58,9 +58,11 @@ def cycles(
 ) -> float:
     """names: of the regions of a grid step, in the order in which they stand. ValueError: where they do not fit."""
     loop, step_body = _grid(program.body)
-    if len(step_body.parts) != len(names):
+    # A result that the compiler keeps in VMEM is copied there, after the rest.
+    parts, copies = step_body.parts[: len(names)], step_body.parts[len(names) :]
+    if len(parts) != len(names) or any(part.matmuls for part in copies):
         raise ValueError(f"{program.name} has {len(step_body.parts)} regions in a step, not {', '.join(names)}")
-    regions = dict(zip(names, step_body.parts, strict=True))
+    regions = dict(zip(names, parts, strict=True))
     fixed = program.body.end - program.body.start - (loop.end - loop.start)
     always = loop.own + (step_body.own if step_body is not loop else 0)
     total, before, written = float(fixed), None, 0.0
@@ -74,6 +76,7 @@ def cycles(
         # This step's blocks were copied while the step before ran, and the results of that one leave during this one.
         total += max(pending, (read + written) / core.bandwidth)
         pending = always + sum(regions[name].bundles(counts) for name, counts in step.runs.items())
+        pending += sum(part.bundles() for part in copies) if done else 0
         before, written = step.blocks, float(done)
     last = sum(x.bytes for x in operands if x.written)
     return total + max(pending, written / core.bandwidth) + last / core.bandwidth

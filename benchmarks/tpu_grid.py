@@ -13,7 +13,7 @@ from benchmarks import tpu
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FEATURES = ("none", "causal", "window", "prefix", "segments", "positions", "lengths", "where", "soft_cap", "bound",
-            "dropout", "odd_lengths", "float32", "all")  # fmt: skip
+            "alibi", "t5", "dropout", "odd_lengths", "float32", "all")  # fmt: skip
 BATCH, LENGTH, HEADS, KV_HEADS = 2, 2048, 8, 2
 
 
@@ -22,7 +22,7 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
     import jax
     import jax.numpy as jnp
 
-    from zoo.kernels import Mask, attention
+    from zoo.kernels import Bias, Mask, attention
 
     def mask(rows: jax.Array) -> Mask:
         every = feature == "all"
@@ -40,6 +40,14 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
             whole = whole & part if every or name == feature else whole
         return whole
 
+    def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        return slopes[head] * (key - query)
+
+    def t5(table: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        distance = jnp.abs(key - query)
+        far = 8 + (2 * jnp.log2(jnp.maximum(distance, 1) / 8)).astype(jnp.int32)
+        return table[jnp.where(key > query, 16, 0) + jnp.where(distance < 8, distance, jnp.minimum(far, 15)), head]
+
     options: dict[str, Any] = {}
     if feature in ("soft_cap", "all"):
         options["soft_cap"] = 100.0
@@ -48,8 +56,14 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
     if feature in ("dropout", "all"):
         options |= {"dropout": 0.1, "dropout_key": jax.random.key(0)}
 
+    bias = Bias(alibi, jnp.ones(HEADS)) if feature == "alibi" else None
+    bias = Bias(t5, jnp.ones((32, HEADS))) if feature in ("t5", "all") else bias
+
     def step(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> Any:
-        out, pull = jax.vjp(lambda *x: attention(*x, mask(rows), impl="tpu_flash", **options), q, k, v)
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> jax.Array:
+            return attention(q, k, v, mask(rows), bias=bias, impl="tpu_flash", **options)
+
+        out, pull = jax.vjp(attend, q, k, v, bias)
         return out, pull(out)
 
     length = 1700 if feature == "odd_lengths" else LENGTH

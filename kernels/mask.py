@@ -126,12 +126,16 @@ def _narrower(a: Limits, b: Limits) -> Limits:
 
 
 class Rules(NamedTuple):
-    """The static part of a resolved mask."""
+    """The static part of a resolved mask.
+
+    consecutive: positions of queries, and of keys, are known to rise by one from each place in the array to the next.
+    """
 
     causal: bool
     left: int | None
     right: int | None
     where: Where | None
+    consecutive: bool
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("index", "positions", "segments"), meta_fields=("start",))
@@ -240,7 +244,7 @@ def resolve(
         *sides,
         prefix=_per_row(mask.prefix, "prefix", batch),
         lengths=_per_row(mask.lengths, "lengths", batch),
-        rules=Rules(mask.causal, left, right, mask.where),
+        rules=Rules(mask.causal, left, right, mask.where, consecutive=mask.positions is None),
     )
 
 

@@ -61,7 +61,9 @@ def attend(problem: Problem) -> AttentionOutput:
     lay = partial(to_zigzag, axes)
     sides = (p.mask.query, p.mask.key)
     query, key = _like(sides, lay(_rows(sides), axis=-1))
-    laid = p.replace(q=lay(p.q), k=lay(p.k), v=lay(p.v), mask=dataclasses.replace(p.mask, query=query, key=key))
+    rules = p.mask.rules._replace(consecutive=False)
+    mask = dataclasses.replace(p.mask, query=query, key=key, rules=rules)
+    laid = p.replace(q=lay(p.q), k=lay(p.k), v=lay(p.v), mask=mask)
     return AttentionOutput(*(from_zigzag(axes, x) for x in engine.attend(ring, laid)))
 
 

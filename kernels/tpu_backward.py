@@ -114,11 +114,16 @@ def _tile(
     if masked:
         x = pairs.masked(x, key, part.start)
     lse, delta = o.rows[0:1, part], o.delta[:, part]
+    if pairs.bias is not None:
+        # On v5e added to the scores it would take 7 % more bundles.
+        lse = lse - pairs.bias.tile(key, part.start, x.shape)
     weights = jnp.exp2(x - lse)
     d_weights = product(spec, o.v[keys, :], d_out, over)
     if spec.dropout:
         d_weights = pairs.dropped(d_weights, key, part.start) * (1 / (1 - spec.dropout))
     d_x = weights * (d_weights - delta)
+    if pairs.bias is not None:
+        pairs.bias.add(d_x, key, part.start)
     if capped is not None:
         d_x *= 1 - capped * capped
     weights = pairs.dropped(weights, key, part.start)

@@ -5,7 +5,8 @@ kernels do at a visit stands in tpu_forward and tpu_backward, how their arrays l
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,15 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from zoo.kernels import chunked, tpu_backward, tpu_blocks, tpu_forward, tpu_layout, work_list
+from zoo.kernels import chunked, tpu_backward, tpu_bias, tpu_blocks, tpu_forward, tpu_layout, work_list
+from zoo.kernels.bias import Bias, Given
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
 from zoo.kernels.mask import Where
 from zoo.kernels.memory import platform
 from zoo.kernels.problem import Problem
+from zoo.kernels.tpu_bias import LOG2_E, Diagonals
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
-from zoo.kernels.tpu_pairs import LOG2_E, SUBLANES, Pairs, Scalars
+from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Scalars
 
 
 class TpuFlash(NamedTuple):
@@ -33,23 +36,39 @@ class TpuFlash(NamedTuple):
 
     def forward(self, problem: Problem) -> Output:
         blocks = self.forward_blocks or tpu_blocks.find("forward", problem)
-        return _forward(Call.of(problem, blocks), self.interpret)
+
+        def run(problem: Problem) -> Output:
+            return _forward(Call.of(problem, blocks), self.interpret)
+
+        return _where_distances_are_kept(run, Chunked().forward, problem)
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
         blocks = self.backward_blocks or tpu_blocks.find("backward", problem)
-        return _backward(problem, blocks, output, gradient, self.interpret)
+
+        def run(problem: Problem, output: Output, gradient: Output) -> Learned:
+            return _backward(problem, blocks, output, gradient, self.interpret)
+
+        return _where_distances_are_kept(run, Chunked().backward, problem, output, gradient)
+
+
+def _where_distances_are_kept(kernels: Callable, chunked: Callable, problem: Problem, *rest: Output) -> Any:
+    """kernels(problem, *rest); with a bias at positions that the caller gave, `chunked` where they turn out unfit."""
+    if problem.bias is None or problem.mask.rules.consecutive:
+        return kernels(problem, *rest)
+    return jax.lax.cond(tpu_bias.keeps_distance(problem.mask), kernels, chunked, problem, *rest)
 
 
 def supports(problem: Problem) -> str | None:
     p, shape = problem, problem.shape
     if p.q.dtype not in (jnp.float32, jnp.bfloat16):
         return f"its arguments are {p.q.dtype}: it takes bfloat16 and float32"
-    if p.bias is not None:
-        return "it has no bias"
     if max(shape.head_dim, p.v.shape[-1]) > 256 or shape.head_dim % 8 or p.v.shape[-1] % 8:
         return f"its head sizes are {shape.head_dim} and {p.v.shape[-1]}: it takes multiples of 8 up to 256"
     if tpu_blocks.chip() is None:
         return f"{jax.devices()[0].device_kind} is not in its table: it knows {', '.join(tpu_blocks.CHIPS)}"
+    refused = tpu_bias.refusal(p)
+    if refused is not None:
+        return refused
     if captures(p.mask.rules.where):
         return "its mask's where= uses arrays from outside: a kernel takes functions of the two positions alone"
     rows, backward = tpu_layout.mask_rows(p.mask), tpu_blocks.find("backward", p)
@@ -167,12 +186,19 @@ def _forward(call: Call, interpret: bool) -> Output:
         "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
         "state": pltpu.SMEM((3,), jnp.int32),
     }
+    if call.bias is not None:
+        rows = call.bias.rows()
+        inputs["bias"], scratch["laid"] = tpu_layout.by_head(rows, query), Diagonals.scratch(blocks, rows, 1)
 
     def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
         b, n, step = (pl.program_id(i) for i in range(3))
         visit = call.visit(scalars, b, step)
-        pairs = Pairs(spec, scalars, (spec.code.query(visit), spec.code.key(visit)), sides, b, n)
-        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs, spec.code.flags(visit))
+        flags, bias = spec.code.flags(visit), call.diagonals(named, visit)
+        if bias is not None:
+            bias.before(step == 0, flags)
+        at = spec.code.query(visit), spec.code.key(visit)
+        pairs = Pairs(spec, scalars, at, sides, b, n, bias)
+        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs, flags)
 
     grid = (shape.batch, shape.heads, call.steps)
     out, lse = _run(call, "forward", grid, kernel, inputs, outputs, scratch, interpret)
@@ -185,23 +211,46 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse) * LOG2_E
     count = -(-keys // keys_of_part(p, blocks))
     size = -(-keys // (count * blocks.keys)) * blocks.keys
-    d_q, d_k, d_v = [], [], []
+    apart = None if p.bias is None else tpu_bias.apart(p.mask)
+    parts = []
     for start in range(0, keys, size):
         part = slice(start, start + size)
         mask = dataclasses.replace(p.mask, key=p.mask.key.part(start, min(size, keys - start)))
-        call = Call.of(p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask), blocks)
+        of_part = p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask)
+        call = Call.of(of_part, blocks, None if apart is None else apart + start)
         dtype = p.q.dtype if count == 1 else jnp.float32
-        of_q, of_k, of_v = _backward_part(call, output.out, lse, gradient, dtype, interpret)
-        d_q, d_k, d_v = [*d_q, of_q], [*d_k, of_k], [*d_v, of_v]
-    return Learned(sum(d_q[1:], d_q[0]).astype(p.q.dtype), jnp.concatenate(d_k, 1), jnp.concatenate(d_v, 1), None)
+        parts.append(_backward_part(call, output.out, lse, gradient, dtype, interpret))
+    d_q, d_k, d_v, d_bias = (list(x) for x in zip(*parts, strict=True))
+    return Learned(
+        functools.reduce(jnp.add, d_q).astype(p.q.dtype),
+        jnp.concatenate(d_k, 1),
+        jnp.concatenate(d_v, 1),
+        _of_tables(p.bias, d_bias),
+    )
+
+
+def _of_tables(bias: Given, parts: Sequence[Any]) -> Given:
+    """The gradient of a bias, of its tables' from each part of the keys."""
+    if not isinstance(bias, Bias):
+        return None
+    return Bias(
+        bias.function, jax.tree.map(lambda x, *d: functools.reduce(jnp.add, d).astype(x.dtype), bias.tables, *parts)
+    )
 
 
 def keys_of_part(problem: Problem, blocks: Blocks) -> int:
-    """Keys whose sums in float32, and gradients twice, take three quarters of VMEM; at least a block."""
+    """Keys whose sums in float32, and gradients twice, take three quarters of VMEM; at least a block.
+
+    A bias, if it is laid out for a whole head, takes its share of that.
+    """
     lanes, size = tpu_blocks.LANES, problem.q.dtype.itemsize
     widths = (problem.shape.head_dim, problem.v.shape[-1])
     a_key = sum(-(-width // lanes) * lanes * (4 + 2 * size) for width in widths)
     budget = tpu_blocks.vmem() * 3 // 4
+    if problem.bias is not None:
+        a_distance = 2 * tpu_bias.DISTANCE_BYTES
+        a_key += a_distance
+        budget = max(budget - problem.shape.queries * a_distance, budget // 3)
     return max(1, budget // (a_key * blocks.keys)) * blocks.keys
 
 
@@ -213,8 +262,8 @@ def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
 
 def _backward_part(
     call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any, interpret: bool
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """lse in base 2, +inf of an empty row."""
+) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
+    """Gradients of q, k, v and of a bias's tables; lse in base 2, +inf of an empty row."""
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
 
@@ -253,18 +302,30 @@ def _backward_part(
         "sum_k": kept(s, h, jnp.float32),
         "sum_v": kept(s, value, jnp.float32),
     }
+    if call.bias is not None:
+        rows = call.bias.rows()
+        sums = tpu_layout.shape_like((b, *rows.shape[1:]), p.q, jnp.float32)
+        inputs["bias"], outputs["d_bias"] = tpu_layout.by_head(rows, query), tpu_layout.by_head(sums, query)
+        scratch |= dict.fromkeys(("laid", "sums"), Diagonals.scratch(blocks, rows, 2))
 
     def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
         b, k, g, step = (pl.program_id(i) for i in range(4))
         visit, last_step = call.visit(scalars, b, step), pl.num_programs(3) - 1
+        flags, bias = spec.code.flags(visit), call.diagonals(named, visit)
+        if bias is not None:
+            bias.before(step == 0, flags)
         ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
-        pairs = Pairs(spec, scalars, (spec.code.query(visit), spec.code.key(visit)), sides, b, k * spec.group + g)
-        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, spec.code.flags(visit), ends)
+        at = spec.code.query(visit), spec.code.key(visit)
+        pairs = Pairs(spec, scalars, at, sides, b, k * spec.group + g, bias)
+        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, flags, ends)
+        if bias is not None:
+            bias.after(step == last_step, flags)
 
     grid = (b, shape.kv_heads, spec.group, call.steps)
-    d_q, d_k, d_v = _run(call, "backward", grid, kernel, inputs, outputs, scratch, interpret)
+    d_q, d_k, d_v, *d_bias = _run(call, "backward", grid, kernel, inputs, outputs, scratch, interpret)
     return (
         tpu_layout.restored(d_q, shape.queries, shape.heads),
         tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
         tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
+        None if call.bias is None else call.bias.gradient(*d_bias),
     )

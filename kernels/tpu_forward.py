@@ -110,6 +110,8 @@ def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: sl
         product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
     )
     x, _ = scores(spec, products)
+    if pairs.bias is not None:
+        x += pairs.bias.tile(key, part.start, x.shape)
     return pairs.masked(x, key, part.start) if masked else x
 
 

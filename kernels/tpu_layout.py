@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
-from zoo.kernels import work_list
+from zoo.kernels import tpu_bias, work_list
 from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
+from zoo.kernels.tpu_bias import ByDistance, Diagonals
 from zoo.kernels.tpu_blocks import LANES, Blocks
 from zoo.kernels.tpu_pairs import Counted, Scalars, Spec
 from zoo.kernels.work_list import Code, WorkList
@@ -41,16 +42,18 @@ class Operand(NamedTuple):
 
 
 class Call(NamedTuple):
-    """A problem, the static numbers of its kernel, its mask padded to whole blocks, and its work list."""
+    """A problem, the static numbers of its kernel, its mask padded to whole blocks, its work list, and its bias."""
 
     problem: Problem
     spec: Spec
     mask: ResolvedMask
     scalars: Scalars
     steps: jax.Array | int
+    bias: ByDistance | None
 
     @classmethod
-    def of(cls, problem: Problem, blocks: Blocks) -> "Call":
+    def of(cls, problem: Problem, blocks: Blocks, apart: jax.Array | None = None) -> "Call":
+        """apart: of a bias, see `tpu_bias.apart`; of the problem's own mask where not given."""
         p, code = problem, code_of(problem, blocks)
         mask = p.mask.padded(code.queries * blocks.queries, code.keys * blocks.keys)
         spec = Spec(
@@ -80,7 +83,11 @@ class Call(NamedTuple):
 
         seed = none if p.seed is None else jax.lax.bitcast_convert_type(p.seed, jnp.int32)
         scalars = Scalars(work.visits, seed, p.batch, p.heads, per_row(mask.prefix), per_row(mask.lengths))
-        return cls(p, spec, mask, scalars, work.steps)
+        bias = None
+        if p.bias is not None:
+            apart = tpu_bias.apart(p.mask) if apart is None else apart
+            bias = ByDistance.of(p, apart, mask.query.length, mask.key.length)
+        return cls(p, spec, mask, scalars, work.steps, bias)
 
     @property
     def queries(self) -> int:
@@ -100,6 +107,13 @@ class Call(NamedTuple):
 
     def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
         return self.spec.code.key(self.visit(scalars, row, step))
+
+    def diagonals(self, named: dict[str, Any], visit: Any) -> Diagonals | None:
+        """The bias of a visit; takes its references out of `named`."""
+        if self.bias is None:
+            return None
+        spec, references = self.spec, [named.pop(name, None) for name in ("bias", "laid", "sums", "d_bias")]
+        return Diagonals(spec.blocks, spec.code.keys, (spec.code.query(visit), spec.code.key(visit)), *references)
 
     def name(self, direction: str) -> str:
         blocks = self.spec.blocks
@@ -176,6 +190,16 @@ def by_row(array: Any, columns: int, place: Place) -> Operand:
         return row, head, ZERO, block
 
     return Operand(array, pl.BlockSpec((None, None, array.shape[2], columns), index))
+
+
+def by_head(array: Any, place: Place) -> Operand:
+    """[1 or B, N, X, Y], whole for each head."""
+
+    def index(*indices: Any) -> tuple:
+        row, _, head = place(*indices)
+        return row if array.shape[0] > 1 else ZERO, head, ZERO, ZERO
+
+    return Operand(array, pl.BlockSpec((None, None, *array.shape[2:]), index))
 
 
 def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:

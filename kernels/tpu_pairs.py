@@ -1,4 +1,4 @@
-"""What the TPU kernels' passes share: static numbers, scores, and the mask and dropout of one tile of pairs.
+"""What the TPU kernels' passes share: static numbers, scores, and the mask, dropout and bias of one tile of pairs.
 
 Scores lie transposed, keys down the sublanes and queries along the lanes, so that a statistic of the queries is one row
 of registers and sums over keys are additions of registers.
@@ -12,10 +12,9 @@ from jax.experimental import pallas as pl
 
 from zoo.kernels import dropout as dropouts
 from zoo.kernels.mask import PADDING_INDEX, Rules, Side, pairs_allowed
+from zoo.kernels.tpu_bias import LOG2_E, Diagonals
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.work_list import Code
-
-LOG2_E = 1.4426950408889634
 
 SUBLANES = 8
 
@@ -104,14 +103,23 @@ def scores(spec: Spec, products: jax.Array) -> tuple[jax.Array, jax.Array | None
 
 
 class Pairs:
-    """Which pairs of one visit the mask keeps and which dropout keeps.
+    """Which pairs of one visit the mask keeps and which dropout keeps, and their bias.
 
     at: the visit's block of queries and of keys.
     sides: references to int32 [3, t] and [3, s] of them: global index, position and segment; None where counted.
     """
 
-    def __init__(self, spec: Spec, scalars: Scalars, at: tuple, sides: tuple[Any, Any], row: Any, head: Any) -> None:
-        self.spec, self.scalars, self.row, self.head = spec, scalars, row, head
+    def __init__(
+        self,
+        spec: Spec,
+        scalars: Scalars,
+        at: tuple,
+        sides: tuple[Any, Any],
+        row: Any,
+        head: Any,
+        bias: Diagonals | None,
+    ) -> None:
+        self.spec, self.scalars, self.row, self.head, self.bias = spec, scalars, row, head, bias
         self.query_block, self.key_block = at
         self.queries, self.keys = sides
 

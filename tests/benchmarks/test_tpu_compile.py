@@ -36,6 +36,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("v5e", 256, "odd_lengths"),
         ("v6e", 256, "float32"),
         ("v4", 128, "window"),
+        ("v4", 64, "t5"),
+        ("v5p", 96, "alibi"),
         ("v7x", 128, "causal"),
     ],
 )
@@ -76,21 +78,24 @@ def test_inside_shard_map(kind: AxisType) -> None:
     def shape(*sizes: int, spec: P, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(sizes, dtype, sharding=NamedSharding(mesh, spec))
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array, slopes: jax.Array, segments: jax.Array) -> jax.Array:
         mask = kernels.Mask(causal=True, segments=segments)
-        options = {"dropout": 0.1, "dropout_key": jax.random.key(0)}
+        bias = kernels.Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
+        options = {"bias": bias, "dropout": 0.1, "dropout_key": jax.random.key(0)}
         partition = None if kind == AxisType.Explicit else heads
         return jnp.sum(kernels.attention(q, k, v, mask, partition=partition, **options).astype(jnp.float32))
 
     q, k = (shape(2, 1024, n, 128, spec=heads) for n in (8, 2))
     with jax.set_mesh(mesh):
-        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
-        compiled = step.lower(q, k, k, shape(2, 1024, spec=P("data"), dtype=jnp.int32)).compile()
+        step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))
+        segments = shape(2, 1024, spec=P("data"), dtype=jnp.int32)
+        compiled = step.lower(q, k, k, shape(8, spec=P()), segments).compile()
     assert {"flash_forward", "flash_backward"} <= set(re.findall(r"flash_[a-z]+", compiled.as_text()))
 
 
-def test_64_bit_integers_are_no_hindrance() -> None:
-    step, shapes = tpu_grid.call("causal", 128)
+@pytest.mark.parametrize("feature", ["causal", "alibi"])
+def test_64_bit_integers_are_no_hindrance(feature: str) -> None:
+    step, shapes = tpu_grid.call(feature, 128)
     with jax.enable_x64(True):
         tpu.compile_for("v5e", step, *shapes)
 
@@ -100,12 +105,16 @@ def test_schedules() -> None:
     limits = {
         ("v5e", "forward"): 900,
         ("v5e", "forward, logits bounded"): 900,
+        ("v5e", "forward, bias"): 940,
         ("v5e", "backward"): 2180,
+        ("v5e", "backward, bias"): 2270,
         ("v5p", "forward"): 960,
         ("v5p", "backward"): 2180,
         ("v6e", "forward"): 440,
         ("v6e", "forward, logits bounded"): 440,
+        ("v6e", "forward, bias"): 465,
         ("v6e", "backward"): 1120,
+        ("v6e", "backward, bias"): 1150,
     }
     cases = [("flaxzoo", which, chip) for chip, which in limits]
     figures = tpu.in_processes(schedule.measure, cases, share=1)

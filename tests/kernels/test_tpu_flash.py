@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.kernels import Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout
+from zoo.kernels import Bias, Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout
 from zoo.kernels.problem import Origin, build
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_flash import TpuFlash
@@ -36,6 +36,17 @@ def permuted() -> tuple[np.ndarray, np.ndarray]:
     return queries, keys
 
 
+def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    return -slopes[head] * jnp.abs(query - key)
+
+
+def t5(table: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Buckets of key - query, 16 for each direction, exact below 8 and logarithmic up to 128."""
+    distance = jnp.abs(key - query)
+    far = 8 + (jnp.log2(jnp.maximum(distance, 1) / 8) * 2).astype(jnp.int32)
+    return table[jnp.where(key > query, 16, 0) + jnp.where(distance < 8, distance, jnp.minimum(far, 15)), head]
+
+
 FEATURES: dict[str, dict] = {
     "causal": {"mask": Mask(causal=True)},
     "window": {"mask": Mask(window=(70, 10))},
@@ -50,13 +61,15 @@ FEATURES: dict[str, dict] = {
     "bound": {"logits_bound": 30.0},
     "dropout": {"dropout": 0.3, "dropout_key": jax.random.key(1)},
     "scale": {"scale": 0.3},
+    "alibi": {"bias": Bias(alibi, jnp.array([0.5, 0.1, 0.02, -0.2]))},
+    "t5": {"bias": Bias(t5, jnp.asarray(RNG.normal(size=(32, N)), jnp.float32))},
     "multi_query": {},
     "head_128": {},
     "wide_values": {},
 }
 
 
-EXCLUSIVE = {frozenset(("soft_cap", "wide_cap")), frozenset(("positions", "where_by_row"))}
+EXCLUSIVE = {frozenset(("soft_cap", "wide_cap")), frozenset(("positions", "where_by_row")), frozenset(("alibi", "t5"))}
 
 
 def arrays(features: tuple[str, ...]) -> tuple:
@@ -79,16 +92,17 @@ def options(features: tuple[str, ...]) -> dict:
 def value_and_gradients(attend, features: tuple[str, ...]):
     q, k, v, d_out, d_lse = arrays(features)
     given = options(features)
+    bias = given.pop("bias", None)
 
     @jax.jit
-    def run(q, k, v):
-        def loss(q, k, v):
-            out, lse = attend(build(q, k, v, **given))
+    def run(*learned):
+        def loss(q, k, v, bias):
+            out, lse = attend(build(q, k, v, bias=bias, **given))
             return jnp.sum(out * d_out) + jnp.sum(jnp.where(lse == -jnp.inf, 0, lse) * d_lse), (out, lse)
 
-        return jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(q, k, v)
+        return jax.value_and_grad(loss, (0, 1, 2, 3), has_aux=True)(*learned)
 
-    (_, output), gradients = run(q, k, v)
+    (_, output), gradients = run(q, k, v, bias)
     return output, gradients
 
 
@@ -186,7 +200,7 @@ def test_a_query_that_may_not_see_itself(mask: Mask, queries: int, first: int) -
 
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(
-    "features", [("causal", "window"), ("lengths", "dropout"), ("segments", "prefix")], ids="+".join
+    "features", [("causal", "window", "t5"), ("lengths", "dropout", "alibi"), ("segments", "prefix")], ids="+".join
 )
 def test_strips_and_tiles(features: tuple[str, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several strips, tiles of fewer queries than the block, more queries than keys in a block."""
@@ -208,12 +222,42 @@ def test_through_dispatch() -> None:
 
 
 def test_keys_in_parts() -> None:
-    """The backward pass cuts keys into parts whose sums fit VMEM."""
+    """The backward pass cuts keys into parts whose sums fit VMEM; a bias is laid out for each visit alone."""
     problem = build(*arrays(("causal",))[:3], Mask(causal=True))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip(("TPU v5 lite",), 2**20))
+        patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip(("TPU v5 lite",), 2**19))
         assert tpu_flash.keys_of_part(problem, BACKWARD) == 256
-        compare(flash(False), ("causal", "dropout", "segments"))
+        compare(flash(False), ("causal", "dropout", "segments", "t5"))
+
+
+def test_bias_under_dispatch() -> None:
+    """Sinks, grouped heads, packed documents that number their positions anew, a caller's vmap."""
+    q, k, v, *_ = arrays(("causal",))
+    q, table = q[:, :256], FEATURES["t5"]["bias"].tables
+    segments = np.sort(RNG.integers(0, 4, size=(B, 256)), axis=1)
+    starts = np.stack([np.searchsorted(row, row) for row in segments])
+    positions = np.arange(256) - starts
+
+    def loss(impl: str, q, k, v, table) -> jax.Array:
+        def one(q, k, v, segments, positions):
+            mask = Mask(causal=True, segments=segments[None], positions=positions[None])
+            bias = Bias(t5, table)
+            return attention(q[None], k[None, :256], v[None, :256], mask, bias=bias, sinks=jnp.ones(N), impl=impl)
+
+        return jnp.sum(jnp.sin(jax.vmap(one)(q, k, v, segments, positions)))
+
+    expected, result = (jax.grad(partial(loss, impl), (0, 1, 2, 3))(q, k, v, table) for impl in ("xla", "tpu_flash"))
+    for a, b in zip(expected, result, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
+
+
+def test_bias_of_a_part_of_the_heads_and_queries() -> None:
+    """As shard_map cuts them: heads and positions are those of the whole."""
+    q, k, v, *_ = arrays(("causal",))
+    bias, mask = FEATURES["alibi"]["bias"], Mask(causal=True)
+    whole = reference.attend(build(q, k, v, mask, bias=bias)).output
+    part = build(q[:, 128:, 2:], k[:, :, 1:], v[:, :, 1:], mask, bias=bias, origin=Origin(query=128, head=2))
+    np.testing.assert_allclose(engine.attend(flash(True), part).output, whole[:, 128:, 2:], rtol=0, atol=2e-5)
 
 
 def test_bfloat16() -> None:
@@ -231,7 +275,9 @@ def test_what_is_refused() -> None:
 
     assert refusal() is None
     assert refusal(jnp.float16) == "its arguments are float16: it takes bfloat16 and float32"
-    assert refusal(bias=jnp.ones(())) == "it has no bias"
+    assert refusal(bias=jnp.ones(())) == "its bias is an array: it takes a Bias, as a function of key - query"
+    absolute = Bias(lambda table, head, query, key: table[head] * key, jnp.ones(1))
+    assert refusal(bias=absolute) == "its Bias function depends on more of the positions than key - query"
     assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
     table = jnp.eye(4, dtype=bool)
     captured = tpu_flash.supports(build(*arrays(("causal",))[:3], Mask(where=lambda q, k: table[q // 128, k // 128])))
