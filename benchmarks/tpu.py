@@ -123,15 +123,18 @@ class Program(NamedTuple):
         return max((x for x in self.body.all() if not any(part.matmuls for part in x.parts)), key=lambda x: x.matmuls)
 
 
-def programs(dump: Path) -> list[Program]:
-    """Of everything that was compiled with this dump."""
+def programs(dump: Path, name: str = "") -> list[Program]:
+    """Of everything that was compiled with this dump and whose name has `name` in it.
+
+    Of XLA's own kernels not all can be read: a scatter branches to regions that it does not name.
+    """
     found = []
     for bundles in sorted(dump.glob("*-final_bundles.txt")):
         if "schedule-analysis" in bundles.name:
             continue
         stem = re.sub(r"-\d+-final_bundles\.txt$", "", bundles.name)
         rows = next(dump.glob(f"{glob.escape(stem)}-*final_hlo-static-per-bundle-utilization.txt"), None)
-        if rows is not None:
+        if rows is not None and name in stem:
             found.append(Program(stem.split("-", 1)[1], _body(bundles.read_text(), rows.read_text())))
     return found
 
