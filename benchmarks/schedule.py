@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from benchmarks import tpu
 
 UNIT = 512 * 512
-LENGTH, HEADS, HEAD_DIM = 4096, 2, 128
+LENGTH, HEADS, HEAD_DIM = 16384, 2, 128
 
 
 class Figures(NamedTuple):

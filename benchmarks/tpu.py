@@ -119,15 +119,14 @@ class Program(NamedTuple):
 
     @property
     def inner(self) -> Region:
-        """The innermost region with the most matrix products: an interior block's."""
-        return max((x for x in self.body.all() if not any(part.matmuls for part in x.parts)), key=lambda x: x.matmuls)
+        """The first innermost region that has about the most matrix products: an interior block's, unmasked."""
+        leaves = [x for x in self.body.all() if not any(part.matmuls for part in x.parts)]
+        most = max(x.matmuls for x in leaves)
+        return next(x for x in leaves if x.matmuls >= 0.9 * most)
 
 
 def programs(dump: Path, name: str = "") -> list[Program]:
-    """Of everything that was compiled with this dump and whose name has `name` in it.
-
-    Of XLA's own kernels not all can be read: a scatter branches to regions that it does not name.
-    """
+    """Of everything that was compiled with this dump and whose name has `name` in it."""
     found = []
     for bundles in sorted(dump.glob("*-final_bundles.txt")):
         if "schedule-analysis" in bundles.name:
@@ -160,7 +159,7 @@ def _body(bundles: str, utilization: str) -> Region:
     for i, text in enumerate(texts):
         for region in _REGION.findall(text):
             places.setdefault(region, i)
-    # What an empty grid would skip has no name at its end.
+    # Some branches, as past the grid where it is empty, lead to a place without a name.
     branches = [(i, places[x]) for i, text in enumerate(texts) for x in _BRANCH.findall(text) if x in places]
     spans = [(i + 1, to, False) if to > i else (to, i + 1, True) for i, to in branches]
     slots = [row["MATMUL"] for row in rows], capacity["MATMUL"], [row["VSTORE:SPILL"] for row in rows]

@@ -140,7 +140,13 @@ def test_feature(feature: str, turned: bool) -> None:
     compare(flash(turned), (feature,))
 
 
-@pytest.mark.parametrize("features", covering_sets(), ids="+".join)
+SETS = covering_sets()
+"""The first have most pairs."""
+
+
+@pytest.mark.parametrize(
+    "features", [*SETS[:4], *(pytest.param(x, marks=pytest.mark.large) for x in SETS[4:])], ids="+".join
+)
 def test_pairs_of_features(features: tuple[str, ...]) -> None:
     compare(flash(turned="causal" in features), features)
 
@@ -172,8 +178,8 @@ def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int)
     call = tpu_layout.Call.of(problem, FORWARD)
     assert call.spec.sees_itself
     expected, result = reference.attend(problem), engine.attend(flash(turned), problem)
-    # A score, a sum of 64 products, is rounded to some 2^-22 of its size.
-    np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=2e-5 + 2**-20 * abs(rise))
+    # A score, a sum of 64 products, is rounded to some 2^-21 of its size.
+    np.testing.assert_allclose(result.output, expected.output, rtol=0, atol=2e-5 + 2**-19 * abs(rise))
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6, atol=1e-5)
 
 
