@@ -157,7 +157,8 @@ def _body(bundles: str, utilization: str) -> Region:
     for i, text in enumerate(texts):
         for region in _REGION.findall(text):
             places.setdefault(region, i)
-    branches = [(i, places[region]) for i, text in enumerate(texts) for region in _BRANCH.findall(text)]
+    # A region that is empty at the program's end is not named.
+    branches = [(i, places.get(region, len(texts))) for i, text in enumerate(texts) for region in _BRANCH.findall(text)]
     spans = [(i + 1, to, False) if to > i else (to, i + 1, True) for i, to in branches]
     slots = [row["MATMUL"] for row in rows], capacity["MATMUL"], [row["VSTORE:SPILL"] for row in rows]
     return _nested(0, len(texts), False, sorted(spans, key=lambda span: (span[0], -span[1])), *slots)

@@ -90,27 +90,6 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
         o.lse[...] = jnp.where(empty, -jnp.inf, (o.reference[...] + jnp.log2(total)) * _LN_2)
 
 
-def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
-    """[s, t] in base 2."""
-    turned, keys = spec.blocks.turned, o.k[pl.ds(key, size), :]
-    products = (
-        product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
-    )
-    x, _ = scores(spec, products)
-    if pairs.bias is not None:
-        x += pairs.bias.tile(key, part.start, x.shape)
-    return pairs.masked(x, key, part.start) if masked else x
-
-
-def _sums(
-    spec: Spec, o: Operands, pairs: Pairs, weights: jax.Array, key: Any, part: slice
-) -> tuple[jax.Array, jax.Array]:
-    size, t = weights.shape
-    total = weights.reshape(size // SUBLANES, SUBLANES, t).sum(0)
-    kept = pairs.dropped(weights, key, part.start).astype(spec.dtype)
-    return total, product(spec, o.v[pl.ds(key, size), :], kept, (0, 0))
-
-
 def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
     """One strip of keys, masked."""
     o.state[DONE] = 0
@@ -168,6 +147,8 @@ def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: sl
         product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
     )
     x, _ = scores(spec, products)
+    if pairs.bias is not None:
+        x += pairs.bias.tile(key, part.start, x.shape)
     return pairs.masked(x, key, part.start) if masked else x
 
 
