@@ -152,7 +152,7 @@ def bound(implementation: str, call: Call, chip: str, mode: str, *sizes: Sizes) 
         tpu.prepare(Path(folder))
         try:
             plan = BUILD[implementation](call, chip, mode, *sizes)
-            compiled = tpu.compile_for(chip, plan.function, *plan.shapes)
+            compiled = tpu.compile_for(chip, plan.function, *plan.shapes, row_major=True)
         except Exception as problem:
             return str(problem).splitlines()[0]
         programs = tpu.programs(Path(folder))

@@ -64,14 +64,22 @@ def meant(chip: str) -> Iterator[Any]:
         yield mesh
 
 
-def compile_for(chip: str, function: Callable[..., Any], *shapes: Any) -> Any:
-    """The compiled program of one chip for arguments of these shapes."""
+def compile_for(chip: str, function: Callable[..., Any], *shapes: Any, row_major: bool = False) -> Any:
+    """The compiled program of one chip for arguments of these shapes.
+
+    row_major: whether arguments and results lie so, where else the compiler says how.
+    """
     import jax
+    from jax.experimental.layout import Format, Layout
+
+    def where(x: Any) -> Any:
+        return Format(Layout(tuple(range(x.ndim))), place) if row_major else place
 
     with meant(chip) as mesh:
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes)
-        return jax.jit(function).lower(*placed).compile()
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), shapes)
+        out = jax.tree.map(where, jax.eval_shape(function, *shapes)) if row_major else None
+        return jax.jit(function, out_shardings=out).lower(*placed).compile()
 
 
 class Region(NamedTuple):
