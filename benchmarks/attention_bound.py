@@ -129,7 +129,8 @@ def tokamax(call: Call, chip: str, mode: str, forward: Sizes, backward: Sizes | 
     segments = None if call.document is None else jax.ShapeDtypeStruct((call.length,), jnp.int32)
     parts = [("fwd", Splash.FORWARD, Splash(call, forward).forward(residuals=backward is not None))]
     if backward is not None:
-        parts.append(("dkv", Splash.BACKWARD, Splash(call, backward).backward()))
+        walk = Splash(call, backward)
+        parts.append(("dkv", walk.backward_regions, walk.backward()))
     return Plan(_both(run) if mode == "both" else run, [segments, q, kv, kv], parts)
 
 

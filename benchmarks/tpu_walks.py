@@ -132,10 +132,15 @@ class Splash:
     """Walks of splash attention's kernels over what a causal mask, with a window, leaves."""
 
     FORWARD = ("init", "whole", "partial", "end")
-    BACKWARD = ("init", "whole", "partial", "write")
 
     def __init__(self, call: Call, sizes: Sizes) -> None:
         self.call, self.sizes = call, sizes
+
+    @property
+    def backward_regions(self) -> tuple[str, ...]:
+        """Two blocks of queries or fewer are written in every step, as the kernel has it."""
+        always = self.sizes.steps is None and self._counts[0] <= 2
+        return ("init", "whole", "partial") + (() if always else ("write",))
 
     def _kind(self, i: int, j: int) -> str | None:
         """Of a block of queries and one of keys: "whole", "partial", or None where the static mask empties it."""
@@ -197,8 +202,9 @@ class Splash:
             for j in range(keys):
                 for n in range(self.call.heads):
                     for i in range(queries):
-                        ends = n % group == 0 and i == 0, n % group == group - 1 and i == queries - 1
-                        yield n, i, j, self._kind(i, j), *ends
+                        first = n % group == 0 and i == 0
+                        last = queries > 2 and n % group == group - 1 and i == queries - 1
+                        yield n, i, j, self._kind(i, j), first, last
             return
         for n in range(self.call.heads):
             for j in range(keys):

@@ -82,7 +82,8 @@ class Call(NamedTuple):
             return none if x is None else jnp.broadcast_to(x, (spec.rows,))
 
         seed = none if p.seed is None else jax.lax.bitcast_convert_type(p.seed, jnp.int32)
-        scalars = Scalars(work.visits, seed, p.batch, p.heads, per_row(mask.prefix), per_row(mask.lengths))
+        counters = (p.batch, p.heads) if p.dropout else (none, none)
+        scalars = Scalars(work.visits, seed, *counters, per_row(mask.prefix), per_row(mask.lengths))
         bias = None
         if p.bias is not None:
             apart = tpu_bias.apart(p.mask) if apart is None else apart

@@ -78,7 +78,7 @@ class Spec(NamedTuple):
 
 
 class Scalars(NamedTuple):
-    """In scalar memory: visits of the work list; two seed words, global rows and heads; prefix and lengths [rows]."""
+    """In scalar memory: visits of the work list; prefix and lengths [rows]; for dropout seed, global rows and heads."""
 
     visits: Any
     seed: Any
@@ -130,7 +130,7 @@ class Pairs:
         first = counted.query - counted.key + self.query_block * blocks.queries
         return pl.multiple_of(first - self.key_block * blocks.keys, blocks.queries)
 
-    def _query_side(self, start: int, shape: tuple[int, int]) -> Side:
+    def _query_side(self, start: int, shape: tuple[int, ...]) -> Side:
         """For a tile of [s, t] pairs."""
         spec, size = self.spec, shape[1]
         if spec.counted is not None:
@@ -140,7 +140,7 @@ class Pairs:
         rows = [self.queries[i : i + 1, start : start + size] for i in range(3)]
         return Side(rows[0], rows[1], rows[2] if spec.segments else None)
 
-    def _key_side(self, start: Any, shape: tuple[int, int]) -> Side:
+    def _key_side(self, start: Any, shape: tuple[int, ...]) -> Side:
         """For a tile of [s, t] pairs."""
         spec = self.spec
         if spec.counted is not None:
