@@ -90,8 +90,8 @@ def table(lengths: Sequence[int], measures: Mapping[str, Callable[[int], int]]) 
                 cells += ["over budget", ""]
                 continue
             exponent = ""
-            if impl in before:
-                old_length, old_size = before[impl]
+            old_length, old_size = before.get(impl, (0, 0))
+            if old_size and size:
                 exponent = f"{math.log(size / old_size) / math.log(length / old_length):.2f}"
             before[impl] = length, size
             cells += [f"{size / MIB:.1f}", exponent]

@@ -66,7 +66,7 @@ class WorkList(NamedTuple):
     """visits: int32 [rows pairs], row after row; steps: the visits of the longest row, int32 []. Of jax or of numpy."""
 
     visits: jax.Array
-    steps: jax.Array
+    steps: jax.Array | int
 
 
 def build(mask: ResolvedMask, code: Code, rows: int, query_block: int, key_block: int) -> WorkList:
