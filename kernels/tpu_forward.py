@@ -95,7 +95,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
 
     @pl.when((flags & LAST) != 0)
     def _finish() -> None:
-        now = o.state[0]
+        now = o.state[SET]
         total = o.total[now].sum(0, keepdims=True)
         empty = total == 0
         total = jnp.where(empty, 1, total)
