@@ -75,6 +75,8 @@ BUILD: dict[str, Build] = {
     "torch": torch_sdpa,
 }
 
+DEFAULT = ("xla", "chunked", "jax.nn")
+
 
 @dataclass(frozen=True)
 class Program:
@@ -201,9 +203,7 @@ def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", metavar="FAMILY", help="families of cases; default: all")
-    parser.add_argument(
-        "--implementations", nargs="+", default=[name for name in BUILD if name != "torch"], metavar="NAME"
-    )
+    parser.add_argument("--implementations", nargs="+", default=DEFAULT, metavar="NAME")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "both"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--longest", type=int, default=4096, help="most keys of a case")

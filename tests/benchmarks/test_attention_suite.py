@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import attention_history as history
-from benchmarks.attention import BUILD, Refused, chosen_cases, compiled, implementation, run_case
+from benchmarks.attention import BUILD, DEFAULT, Refused, chosen_cases, compiled, implementation, run_case
 from benchmarks.attention_cases import Case, cases, draw, error
 from zoo.kernels import attention
 from zoo.kernels.mask import allowed, resolve
@@ -35,11 +35,19 @@ def test_work_is_that_of_the_mask(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
 def test_rows_are_complete_and_right(case: Case) -> None:
-    rows = run_case(case, BUILD, mode="both", dtype="float32", repeats=1, peak=1e12)
-    assert [row["implementation"] for row in rows] == list(BUILD)
+    rows = run_case(case, {name: BUILD[name] for name in DEFAULT}, mode="both", dtype="float32", repeats=1, peak=1e12)
+    assert [row["implementation"] for row in rows] == list(DEFAULT)
     for row in rows:
         assert row["error"] < 1e-5 and row["wall"] > 0 and row["temporaries"] >= 0
         assert row["of_peak"] == pytest.approx(row["flops_per_second"] / 1e12)
+
+
+@pytest.mark.parametrize("mode", ["forward", "residuals", "backward", "both"])
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
+def test_torch(case: Case, mode: str) -> None:
+    pytest.importorskip("torch")
+    (row,) = run_case(case, {"torch": BUILD["torch"]}, mode=mode, dtype="float32", repeats=1)
+    assert row["wall"] > 0 and (mode != "both" or row["error"] < 1e-5)
 
 
 def test_errors_are_seen() -> None:
