@@ -1,15 +1,18 @@
 """Eight CPU devices for every test, and code that is compiled quickly; set before JAX starts.
 
-Most of a test's time is LLVM's. Its optimizations are left out (XLA's own are not), which halves that; what is
-optimized runs in the README's commands, and here too where the environment's XLA_FLAGS say so.
+Most of a test's time is LLVM's. Its optimizations are left out (XLA's own are not), which halves that, and so are the
+fusion emitters where jaxlib can do without (from 0.11 it cannot), which takes another third. What is optimized runs in
+the README's commands, and here too where the environment's XLA_FLAGS say so.
 """
 
 import os
+from importlib.metadata import version
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false" if version("jaxlib").startswith("0.10.") else "",
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
     )
