@@ -3,6 +3,7 @@
     python -m benchmarks.attention                        all cases up to 4096 keys, on whatever JAX runs on
     python -m benchmarks.attention --cases long packed --modes both --dtypes bfloat16 --longest 32768
     python -m benchmarks.attention --implementations chunked my_package.my_module:build
+    python -m benchmarks.attention --compile-for v5e      what can be known without that TPU (v5p, v6e, tpu7x, h100)
     python -m benchmarks.attention --compare BASE --fail-on-regression
 
 Appends to a history (JSON lines), and writes a table as CSV, plots and a page beside it. BASE is a history, or a
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +25,12 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import attention_history as history
+from benchmarks import tpu
 from benchmarks.attention_cases import Arrays, Case, cases, draw, error
 from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import interleaved, product_peak, setting
 from zoo.kernels import AttentionError, attention
+from zoo.kernels.memory import platform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 Build = Callable[[Case], Attend | TorchAttention]
@@ -68,14 +71,69 @@ def torch_sdpa(case: Case) -> TorchAttention:
         raise Refused("torch is not installed: pip install torch") from None
 
 
+def splash(case: Case) -> Attend:
+    """The attention that JAX ships for TPUs, at block sizes that are good on most of them."""
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
+
+    if case.queries != case.keys:
+        raise Refused("its causal mask is that of a square")
+    square = (case.queries, case.keys)
+    one = splash_attention_mask.FullMask(square)
+    if case.causal:
+        one = splash_attention_mask.CausalMask(square)
+    if case.window:
+        one = splash_attention_mask.LocalMask(square, (case.window - 1, 0), 0)
+    block = next((x for x in (1024, 512, 256, 128) if case.keys % x == 0), 128)
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
+    )  # fmt: skip
+    masks = splash_attention_mask.MultiHeadMask([one] * case.heads)
+    kernel = splash_attention_kernel.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    segments = None
+    if case.document:
+        segments = splash_attention_kernel.SegmentIds(*[jnp.arange(case.keys, dtype=jnp.int32) // case.document] * 2)
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, k, v = (x.swapaxes(1, 2) for x in (q * case.head_dim**-0.5, k, v))
+        return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v).swapaxes(1, 2)
+
+    return attend
+
+
+def tokamax(case: Case) -> Attend:
+    """tokamax's attention, where it is installed; what it runs is its own choice."""
+    if platform() != jax.default_backend():
+        raise Refused("it chooses by the devices that are here")
+    try:
+        from tokamax import dot_product_attention
+    except ImportError:
+        raise Refused("tokamax is not installed: pip install tokamax") from None
+    if case.queries == case.keys and case.document is None and case.window is None:
+        return lambda q, k, v: dot_product_attention(q, k, v, is_causal=case.causal)
+    if case.queries * case.keys > LARGEST_MASK:
+        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
+    mask = case.allowed(*np.ogrid[: case.queries, : case.keys])[None, None]
+    return lambda q, k, v: dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+
+
 BUILD: dict[str, Build] = {
-    "xla": zoo_build("xla"),
-    "chunked": zoo_build("chunked"),
+    **{impl: zoo_build(impl) for impl in ("auto", "xla", "chunked", "cudnn", "tpu_flash")},
     "jax.nn": jax_nn,
+    "splash": splash,
+    "tokamax": tokamax,
     "torch": torch_sdpa,
 }
 
-DEFAULT = ("xla", "chunked", "jax.nn")
+DEFAULT = {
+    "cpu": ("xla", "chunked", "jax.nn"),
+    "gpu": ("xla", "chunked", "cudnn", "jax.nn", "tokamax"),
+    "tpu": ("tpu_flash", "chunked", "jax.nn", "splash", "tokamax"),
+}
+"""By platform."""
+
+CANNOT = (Refused, AttentionError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
+"""What an implementation raises where it cannot run a case."""
 
 
 @dataclass(frozen=True)
@@ -93,10 +151,8 @@ class Program:
         return self.function(*self.arguments)
 
 
-def compiled(attend: Attend | TorchAttention, mode: str, arrays: Arrays) -> Program:
-    """`mode` of one implementation; raises what it raises where it cannot."""
-    if isinstance(attend, TorchAttention):
-        return Program(*attend.run(mode, arrays), None, None, None, attend.answer)
+def stage(attend: Attend, mode: str, arrays: Arrays, evaluate: Callable[..., Any]) -> tuple[Callable[..., Any], tuple]:
+    """The function of a mode, and its arguments. evaluate(function, *arguments): arrays, or their shapes."""
 
     def with_residuals(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple:
         return jax.vjp(attend, q, k, v)
@@ -105,22 +161,32 @@ def compiled(attend: Attend | TorchAttention, mode: str, arrays: Arrays) -> Prog
         output, pull = with_residuals(*arrays[:3])
         return output, pull(arrays.gradient)
 
-    function, arguments = {
-        "forward": lambda: (attend, arrays[:3]),
-        "residuals": lambda: (with_residuals, arrays[:3]),
-        "backward": lambda: (
-            lambda pull, gradient: pull(gradient),
-            (jax.jit(with_residuals)(*arrays[:3])[1], arrays.gradient),
-        ),
-        "both": lambda: (both, (arrays,)),
-    }[mode]()
+    def pulled(pull: Callable[..., Any], gradient: jax.Array) -> Any:
+        return pull(gradient)
+
+    if mode == "backward":
+        return pulled, (evaluate(with_residuals, *arrays[:3])[1], arrays.gradient)
+    return {"forward": (attend, arrays[:3]), "residuals": (with_residuals, arrays[:3]), "both": (both, (arrays,))}[mode]
+
+
+def compiled(attend: Attend | TorchAttention, mode: str, arrays: Arrays) -> Program:
+    """`mode` of one implementation; raises what it raises where it cannot."""
+    if isinstance(attend, TorchAttention):
+        return Program(*attend.run(mode, arrays), None, None, None, attend.answer)
+    function, arguments = stage(attend, mode, arrays, lambda function, *arguments: jax.jit(function)(*arguments))
     start = time.perf_counter()
-    program = jax.jit(cast(Any, function)).lower(*arguments).compile()
+    program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
     memory = program.memory_analysis()
     temporaries = None if memory is None else memory.temp_size_in_bytes
     sizes = () if memory is None else (memory.argument_size_in_bytes, memory.output_size_in_bytes, temporaries)
     return Program(program, arguments, seconds, temporaries, sum(sizes) if sizes else None, program)
+
+
+def key(case: Case, mode: str, dtype: str, implementation: str) -> dict[str, Any]:
+    """What says which row one is."""
+    row = {"case": case.name, "family": case.family, "length": case.keys, "mode": mode, "dtype": dtype}
+    return row | {"implementation": implementation}
 
 
 def run_case(
@@ -140,12 +206,11 @@ def run_case(
     rows: dict[str, dict[str, Any]] = {}
     programs: dict[str, Program] = {}
     for name, build in implementations.items():
-        rows[name] = {"case": case.name, "family": case.family, "length": case.keys, "mode": mode, "dtype": dtype}
-        rows[name]["implementation"] = name
+        rows[name] = key(case, mode, dtype, name)
         try:
             programs[name] = program = compiled(build(case), mode, arrays)
             wrong = error(case, arrays, program.answer) if mode == "both" else None
-        except (Refused, AttentionError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError) as problem:
+        except CANNOT as problem:
             programs.pop(name, None)
             rows[name]["refused"] = str(problem).splitlines()[0]
             continue
@@ -185,29 +250,40 @@ def chosen_cases(families: Sequence[str] | None, longest: int) -> list[Case]:
     return [case for case in found if not families or case.family in families]
 
 
-def rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    implementations = {name: implementation(name) for name in options.implementations}
-    todo = [
-        (case, dtype, mode)
-        for dtype in options.dtypes
-        for case in chosen_cases(options.cases, options.longest)
-        for mode in options.modes
-    ]
-    peaks = {dtype: product_peak(dtype) for dtype in options.dtypes}
+def measured(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows of the cases, each with dtype and mode, on what JAX runs on."""
+    implementations = {name: implementation(name) for name in names}
+    peaks = {dtype: product_peak(dtype) for dtype in {dtype: None for _, dtype, _ in todo}}
     where = setting() | {f"peak_{dtype}": peak for dtype, peak in peaks.items()}
     for case, dtype, mode in track(todo, description="attention", disable=not sys.stderr.isatty()):
-        found = run_case(case, implementations, mode=mode, dtype=dtype, repeats=options.repeats, peak=peaks[dtype])
+        found = run_case(case, implementations, mode=mode, dtype=dtype, repeats=repeats, peak=peaks[dtype])
         yield from (where | row for row in found)
+
+
+def compiled_for(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], chips: Sequence[str]) -> Iterator[dict]:
+    """Rows of the cases, each with dtype and mode, of what is not there."""
+    from benchmarks import attention_compiled  # It needs the extra `aot`, or `aot-cuda`.
+
+    try:
+        targets = [attention_compiled.target(name) for name in chips]
+    except ValueError as problem:
+        raise SystemExit(f"--compile-for {problem}") from None
+    for chip in targets:
+        default = DEFAULT["tpu" if chip in tpu.TOPOLOGIES else "gpu"]
+        yield from attention_compiled.rows(todo, names or default, chip)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", nargs="+", metavar="FAMILY", help="families of cases; default: all")
-    parser.add_argument("--implementations", nargs="+", default=DEFAULT, metavar="NAME")
+    parser.add_argument("--implementations", nargs="+", default=(), metavar="NAME", help="default: by platform")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "both"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--longest", type=int, default=4096, help="most keys of a case")
     parser.add_argument("--repeats", type=int, default=5, help="timed turns, after one that warms up")
+    parser.add_argument(
+        "--compile-for", nargs="+", metavar="CHIP", help="compile for what is not there, and run nothing"
+    )
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "attention")
     parser.add_argument("--compare", metavar="BASE", help="a history, or a commit in the one of --out")
     parser.add_argument("--fail-on-regression", action="store_true", help="exit with 1 where --compare found one")
@@ -215,7 +291,15 @@ def main() -> None:
     if options.fail_on_regression and not options.compare:
         parser.error("--fail-on-regression compares with a base: give --compare BASE")
     base = history.base(options.compare, options.out) if options.compare else []
-    found = list(rows(options))
+    for name in options.implementations:
+        implementation(name)
+    cases = chosen_cases(options.cases, options.longest)
+    todo = [(case, dtype, mode) for dtype in options.dtypes for case in cases for mode in options.modes]
+    if options.compile_for:
+        found = list(compiled_for(todo, options.implementations, options.compile_for))
+    else:
+        names = options.implementations or DEFAULT[jax.default_backend()]
+        found = list(measured(todo, names, options.repeats))
     history.append(options.out, found)
     history.show(found)
     print(f"\nwritten to {options.out}: {', '.join(history.write_report(options.out, found))}")

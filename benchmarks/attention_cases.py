@@ -5,7 +5,7 @@ Shapes: q [B, T, N, H], k and v [B, S, K, H].
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,20 +90,27 @@ def cases(longest: int) -> list[Case]:
 
 
 class Arrays(NamedTuple):
-    q: jax.Array
-    k: jax.Array
-    v: jax.Array
-    gradient: jax.Array
+    """Arrays, or their shapes."""
+
+    q: Any
+    k: Any
+    v: Any
+    gradient: Any
+
+
+def shapes(case: Case, dtype: str) -> Arrays:
+    """What `draw` gives, without the numbers."""
+    wide, narrow = (
+        jax.ShapeDtypeStruct((case.batch, length, heads, case.head_dim), jnp.dtype(dtype))
+        for length, heads in ((case.queries, case.heads), (case.keys, case.kv_heads))
+    )
+    return Arrays(wide, narrow, narrow, wide)
 
 
 def draw(case: Case, dtype: str) -> Arrays:
     """Standard normal arguments, and a gradient of the output."""
     random = np.random.default_rng(0)
-    wide = (case.batch, case.queries, case.heads, case.head_dim)
-    narrow = (case.batch, case.keys, case.kv_heads, case.head_dim)
-    return Arrays(
-        *(jnp.asarray(random.standard_normal(shape, np.float32), dtype) for shape in (wide, narrow, narrow, wide))
-    )
+    return Arrays(*(jnp.asarray(random.standard_normal(x.shape, np.float32), dtype) for x in shapes(case, dtype)))
 
 
 class Answer(NamedTuple):

@@ -7,7 +7,7 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -17,10 +17,49 @@ Row = dict[str, Any]
 
 HISTORY = "history.jsonl"
 
-KEY = ("case", "mode", "dtype", "implementation")
+KEY = ("target", "case", "mode", "dtype", "implementation")
+
+LINE = ("target", "implementation", "mode", "dtype")
+"""What is one line in a plot."""
 
 # Deterministic figures that must not grow, and by how much they may.
-GATES = {"temporaries": 1.01, "error": 1.5}
+GATES = {"temporaries": 1.01, "error": 1.5, "bundles": 1.01, "spills": 1.1, "bound": 1.01}
+
+
+class Column(NamedTuple):
+    """A figure of a row, and how it is shown: times factor, in this format."""
+
+    name: str
+    head: str
+    format: str
+    factor: float = 1.0
+
+
+COLUMNS = (
+    Column("wall", "ms", ".2f", 1e3),
+    Column("cpu", "CPU ms", ".2f", 1e3),
+    Column("flops_per_second", "GFLOP/s", ".0f", 1e-9),
+    Column("of_peak", "of peak", ".0%"),
+    Column("bound", "bound us", ".0f", 1e6),
+    Column("bundles", "bundles", ".0f"),
+    Column("matrix_unit", "matrix unit", ".0%"),
+    Column("spills", "spills", ".0f"),
+    Column("temporaries", "temporaries MiB", ".1f", 2**-20),
+    Column("memory", "memory MiB", ".1f", 2**-20),
+    Column("of_memory", "of the device's", ".1%"),
+    Column("compile_seconds", "compile s", ".2f"),
+    Column("error", "error", ".1e"),
+)
+
+
+def key(row: Row) -> tuple[str, ...]:
+    """What says which row one is; what was run here has no target."""
+    return tuple(row.get(name, "") for name in KEY)
+
+
+def columns(rows: Sequence[Row]) -> list[Column]:
+    """Those of which any row has a figure."""
+    return [one for one in COLUMNS if any(row.get(one.name) is not None for row in rows)]
 
 
 def append(folder: Path, rows: Sequence[Row]) -> None:
@@ -44,39 +83,33 @@ def base(name: str, folder: Path) -> list[Row]:
 
 def show(rows: Sequence[Row]) -> None:
     """A table for people."""
+    shown, named = columns(rows), names(rows)
     table = Table(box=None, pad_edge=False)
-    for name in ("case", "dtype", "mode", "implementation"):
+    for name in named:
         table.add_column(name)
-    for name in ("ms", "CPU ms", "GFLOP/s", "of peak", "temporaries MiB", "compile s", "error"):
-        table.add_column(name, justify="right")
+    for column in shown:
+        table.add_column(column.head, justify="right")
     for row in rows:
-        table.add_row(*(str(row[name]) for name in ("case", "dtype", "mode", "implementation")), *cells(row))
+        table.add_row(*(row[name] for name in named), *cells(row, shown))
     Console(width=150).print(table)
 
 
-def cells(row: Row) -> list[str]:
+def names(rows: Sequence[Row]) -> list[str]:
+    """Those of KEY that any row has."""
+    return [name for name in KEY if any(name in row for row in rows)]
+
+
+def cells(row: Row, columns: Sequence[Column]) -> list[str]:
     if "refused" in row:
         return [row["refused"]]
-
-    def figure(name: str, text: str, factor: float = 1.0) -> str:
-        return "" if row.get(name) is None else format(row[name] * factor, text)
-
-    return [
-        figure("wall", ".2f", 1e3),
-        figure("cpu", ".2f", 1e3),
-        figure("flops_per_second", ".0f", 1e-9),
-        figure("of_peak", ".0%"),
-        figure("temporaries", ".1f", 2**-20),
-        figure("compile_seconds", ".2f"),
-        figure("error", ".1e"),
-    ]
+    figures = [(row.get(column.name), column) for column in columns]
+    return ["" if x is None else format(x * column.factor, column.format) for x, column in figures]
 
 
 def write_report(folder: Path, rows: Sequence[Row]) -> list[str]:
     """table.csv, lengths.png and report.html of these rows; their names."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
     with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
+        writer = csv.DictWriter(file, list(dict.fromkeys(name for row in rows for name in row)))
         writer.writeheader()
         writer.writerows(rows)
     picture = plots(rows)
@@ -86,29 +119,26 @@ def write_report(folder: Path, rows: Sequence[Row]) -> list[str]:
 
 
 def plots(rows: Sequence[Row]) -> bytes:
-    """Throughput and temporaries of the family "long" against length, log-log, as PNG."""
+    """Throughput, or the modelled bound, and temporaries of the family "long" against length, log-log, as PNG."""
     found = [row for row in rows if row["family"] == "long" and "refused" not in row]
-    lines = sorted({(row["dtype"], row["mode"], row["implementation"]) for row in found})
-    implementations = sorted({row["implementation"] for row in found})
+    lines = sorted({tuple(row.get(name, "") for name in LINE) for row in found})
+    colors = sorted({line[:2] for line in lines})
+    panels = [one for one in columns(found) if one.name in ("flops_per_second", "bound", "temporaries")]
     figure = Figure(figsize=(11, 4.2), dpi=140, layout="constrained")
-    panels = (("flops_per_second", 1e-9, "GFLOP/s"), ("temporaries", 2**-20, "temporaries, MiB"))
-    for axes, (name, factor, title) in zip(figure.subplots(1, 2), panels, strict=True):
-        for dtype, mode, implementation in lines:
-            points = [
-                (row["length"], row[name] * factor)
-                for row in found
-                if (row["dtype"], row["mode"], row["implementation"]) == (dtype, mode, implementation) and row[name]
-            ]
+    for axes, column in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
+        for line in lines:
+            of_line = [row for row in found if tuple(row.get(name, "") for name in LINE) == line]
+            points = [(row["length"], row[column.name] * column.factor) for row in of_line if row.get(column.name)]
             axes.plot(
                 *zip(*sorted(points), strict=True) if points else ([], []),
-                color=f"C{implementations.index(implementation)}",
-                linestyle="-" if dtype == "bfloat16" else "--",
-                marker="o" if mode == "both" else "s",
-                fillstyle="full" if mode == "both" else "none",
+                color=f"C{colors.index(line[:2])}",
+                linestyle="-" if line[3] == "bfloat16" else "--",
+                marker="o" if line[2] == "both" else "s",
+                fillstyle="full" if line[2] == "both" else "none",
                 markersize=4,
-                label=f"{implementation}, {mode}, {dtype}",
+                label=", ".join(filter(None, line)),
             )
-        axes.set(xscale="log", yscale="log", xlabel="keys", title=title)
+        axes.set(xscale="log", yscale="log", xlabel="keys", title=column.head)
         axes.set_xticks(sorted({row["length"] for row in found}), labels=sorted({row["length"] for row in found}))
         axes.minorticks_off()
         axes.grid(color="#e5e9ee")
@@ -121,12 +151,12 @@ def plots(rows: Sequence[Row]) -> bytes:
 
 
 def page(rows: Sequence[Row], picture: bytes) -> str:
-    heads = (*KEY, "ms", "CPU ms", "GFLOP/s", "of peak", "temporaries MiB", "compile s", "error")
-    body = []
+    shown, named = columns(rows), names(rows)
+    heads, body = (*named, *(column.head for column in shown)), []
     for row in rows:
-        span = ' colspan="7"' if "refused" in row else ""
-        tds = [f"<td>{html.escape(str(row[name]))}</td>" for name in KEY]
-        tds += [f"<td class=figure{span}>{html.escape(cell)}</td>" for cell in cells(row)]
+        span = f' colspan="{len(shown)}"' if "refused" in row else ""
+        tds = [f"<td>{html.escape(row[name])}</td>" for name in named]
+        tds += [f"<td class=figure{span}>{html.escape(cell)}</td>" for cell in cells(row, shown)]
         body.append(f"<tr>{''.join(tds)}</tr>")
     first = rows[0] if rows else {}
     where = ", ".join(f"{name} {first[name]}" for name in ("device", "cores", "jax", "commit", "date") if name in first)
@@ -147,14 +177,12 @@ th {{ text-align: left; color: #5f6c7b; font-weight: 500; }} th, td {{ padding: 
 
 def compare(base: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     """Prints what changed against the base; returns the regressions, which deterministic figures alone make."""
-    before = {tuple(row[name] for name in KEY): row for row in base}
-    regressions, ratios = [], []
+    before = {key(row): row for row in base}
+    regressions, ratios, counterparts = [], [], 0
     for row in rows:
-        key = tuple(row[name] for name in KEY)
-        old = before.get(key)
+        old, label = before.get(key(row)), " ".join(filter(None, key(row)))
         if old is None or "refused" in old:
             continue
-        label = " ".join(key)
         if "refused" in row:
             regressions.append(f"{label}: ran, and is refused now: {row['refused']}")
             continue
@@ -162,8 +190,10 @@ def compare(base: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             a, b = old.get(name), row.get(name)
             if a is not None and b is not None and b > allowed * a:
                 regressions.append(f"{label}: {name} {a:.4g} -> {b:.4g}")
-        ratios.append((row["wall"] / old["wall"], label))
-    print(f"\n{len(ratios)} rows have a counterpart in the base; time against it (not gated):")
+        counterparts += 1
+        if "wall" in row and "wall" in old:
+            ratios.append((row["wall"] / old["wall"], label))
+    print(f"\n{counterparts} rows have a counterpart in the base{'; time against it (not gated):' if ratios else ''}")
     for ratio, label in sorted(ratios):
         print(f"  {ratio:6.2f}  {label}")
     for regression in regressions:

@@ -14,10 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import tpu, tpu_bound
-from benchmarks.tpu_walks import Call, Sizes, Splash
+from benchmarks.attention_cases import Case
+from benchmarks.tpu_bound import Part
+from benchmarks.tpu_walks import Sizes, Splash
 
 CHIP = "v7x"
 RECORDS = "data/autotuning/tpu7x/pallas_mosaic_tpu_flash_attention.json"
@@ -26,8 +30,7 @@ RECORDS = "data/autotuning/tpu7x/pallas_mosaic_tpu_flash_attention.json"
 class Record(NamedTuple):
     """One measurement: a call, whether it gives residuals too, the configuration as JSON, and seconds."""
 
-    batch: int
-    call: Call
+    call: Case
     residuals: bool
     config: str
     seconds: float
@@ -35,7 +38,7 @@ class Record(NamedTuple):
     @property
     def pairs(self) -> float:
         """Pairs of a query and a key that a causal mask leaves, over rows and heads."""
-        return self.batch * self.call.heads * self.call.length * (self.call.length + 1) / 2
+        return self.call.batch * self.call.heads * self.call.keys * (self.call.keys + 1) / 2
 
 
 def records() -> list[Record]:
@@ -49,26 +52,24 @@ def records() -> list[Record]:
         (b, length, heads, width), (_, _, kv_heads, _), (*_, value) = (tuple(map(int, x.groups())) for x in shapes if x)
         if width != value:
             continue
-        call = Call(f"{b} x {length} x {heads}:{kv_heads} x {width}", length, heads, kv_heads, width)
+        call = Case("causal", b, length, length, heads, kv_heads, width, causal=True)
         for config, result in configs.items():
             seconds = float(np.median(result["evaluation_times_ms"])) / 1e3
-            found.append(Record(b, call, given["return_residuals"], config, seconds))
+            found.append(Record(call, given["return_residuals"], config, seconds))
     return found
 
 
 def bound(record: Record) -> float:
-    """Seconds; in a process that has not imported jax yet."""
+    """Seconds; in a process that has compiled for no TPU yet."""
     with tempfile.TemporaryDirectory() as folder:
         tpu.prepare(Path(folder))
-        import jax
-        import jax.numpy as jnp
         from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
         from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
 
         call, config = record.call, json.loads(record.config)
         layouts = {name: splash.QKVLayout(config.pop(name)) for name in ("q_layout", "k_layout", "v_layout")}
         kernel = splash.make_splash_mha_single_device(
-            masks.CausalMask((call.length, call.length)),
+            masks.CausalMask((call.keys, call.keys)),
             config=splash.SplashConfig(**config, **layouts),
             save_residuals=record.residuals,
         )
@@ -80,17 +81,13 @@ def bound(record: Record) -> float:
             return (out[0].swapaxes(1, 2), out[1]) if record.residuals else out.swapaxes(1, 2)
 
         shapes = [
-            jax.ShapeDtypeStruct((record.batch, call.length, n, call.head_dim), jnp.bfloat16)
+            jax.ShapeDtypeStruct((call.batch, call.keys, n, call.head_dim), jnp.bfloat16)
             for n in (call.heads, call.kv_heads, call.kv_heads)
         ]
         compiled = tpu.compile_for(CHIP, run, *shapes)
-        program = next(iter(tpu.programs(Path(folder), "splash")))
-    core = tpu_bound.Core.of(CHIP)
-    rows = Call(call.name, call.length, record.batch * call.heads, record.batch * call.kv_heads, call.head_dim)
-    walk = Splash(rows, Sizes(config["block_q"], config["block_kv"], config["block_kv_compute"]))
-    operands, steps = walk.forward(record.residuals)
-    total = tpu_bound.cycles(program, Splash.FORWARD, operands, steps, core) + tpu_bound.around(compiled.as_text())
-    return total / core.clock
+        sizes = Sizes(config["block_q"], config["block_kv"], config["block_kv_compute"])
+        part = Part("splash", Splash.FORWARD, sizes.area, *Splash(call, sizes).forward(record.residuals))
+        return tpu_bound.bound([part], tpu.programs(Path(folder)), compiled.as_text(), CHIP).total
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -105,11 +102,10 @@ def main() -> None:
     print("| rows x length x heads x size | residuals | measured, ms | bound, ms | ratio |")
     print("|---|---|---:|---:|---:|")
     for record in measured:
-        modelled = found[record,]
-        print(
-            f"| {record.call.name} | {'yes' if record.residuals else 'no'} | {1e3 * record.seconds:.3f} | "
-            f"{1e3 * modelled:.3f} | {record.seconds / modelled:.2f} |"
-        )
+        modelled, call = found[record,], record.call
+        size = f"{call.batch} x {call.keys} x {call.heads}:{call.kv_heads} x {call.head_dim}"
+        figures = f"{1e3 * record.seconds:.3f} | {1e3 * modelled:.3f} | {record.seconds / modelled:.2f}"
+        print(f"| {size} | {'yes' if record.residuals else 'no'} | {figures} |")
     times, bounds = (np.array(x) for x in ([r.seconds for r in measured], [found[r,] for r in measured]))
     pairs = np.array([record.pairs for record in measured])
     print(f"\nrank correlation of times {correlation(times, bounds):.3f}, of times per pair "

@@ -50,10 +50,13 @@ def product_peak(dtype: str, size: int = 2048, repeats: int = 5) -> float:
 def setting() -> dict[str, Any]:
     """Device, machine, versions and commit."""
     device = jax.devices()[0]
+    devices = {"platform": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    return devices | origin()
+
+
+def origin() -> dict[str, Any]:
+    """Machine, versions, commit and date."""
     return {
-        "platform": device.platform,
-        "device": device.device_kind,
-        "devices": jax.device_count(),
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "python": platform.python_version(),

@@ -9,7 +9,6 @@ import glob
 import multiprocessing
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,10 +28,14 @@ QUIET = {
 }
 
 
+_loaded = False
+"""Whether this process has libtpu, which reads its environment once."""
+
+
 def prepare(dump: Path | None = None) -> None:
-    """Sets the environment that libtpu reads when it is loaded; with a dump, jax must not be imported yet."""
-    if "jax" in sys.modules and dump is not None:
-        raise RuntimeError("jax is imported already: its compiler would not write schedules")
+    """Sets the environment that libtpu reads when it is loaded; with a dump, nothing may be compiled for a TPU yet."""
+    if _loaded and dump is not None:
+        raise RuntimeError("this process has compiled for a TPU: its compiler would not write schedules")
     os.environ.update(QUIET)
     if dump is not None:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
@@ -41,9 +44,10 @@ def prepare(dump: Path | None = None) -> None:
 def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: int) -> dict[tuple, Any]:
     """function(*case) of every case, two at a time behind a progress bar; a process has `share` of them, then ends.
 
-    Each process starts without jax, so that `prepare` can be called in it.
+    Each process starts without libtpu, so that `prepare` can be called in it.
     """
     done = {}
+    os.environ.update(QUIET)
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=share) as pool, Progress(transient=True) as bar:
         jobs = {case: pool.apply_async(function, case) for case in cases}
         for case, job in bar.track(jobs.items(), total=len(jobs), description="compiling"):
@@ -58,6 +62,8 @@ def meant(chip: str) -> Iterator[Any]:
     import numpy as np
     from jax.experimental import topologies
 
+    global _loaded
+    _loaded = True
     devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip]).devices
     mesh = jax.sharding.Mesh(np.array(devices[:1]), ("one",), axis_types=(jax.sharding.AxisType.Auto,))
     with jax.set_mesh(mesh):

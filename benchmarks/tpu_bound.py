@@ -6,7 +6,7 @@ count with the compiler's own estimate. Stalls are in none of this: it is a boun
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.tpu import Program, Region
@@ -16,10 +16,11 @@ MACS = {"v4": 65536, "v5e": 65536, "v5p": 65536, "v6e": 262144, "v7x": 262144}
 
 
 class Core(NamedTuple):
-    """Of one core: cycles in a second, and bytes from its share of the chip's memory in a cycle."""
+    """Of one core: cycles in a second, and of its share of the chip's memory bytes in a cycle, and bytes."""
 
     clock: float
     bandwidth: float
+    memory: int
 
     @classmethod
     def of(cls, chip: str) -> "Core":
@@ -29,7 +30,7 @@ class Core(NamedTuple):
         version = pltpu.ChipVersion({"v7x": "7x"}.get(chip, chip))
         known = pltpu.get_tpu_info_for_chip(version, 1)
         clock = known.bf16_ops_per_second / (2 * MACS[chip])
-        return cls(clock, known.mem_bw_bytes_per_second / clock)
+        return cls(clock, known.mem_bw_bytes_per_second / clock, known.hbm_capacity_bytes)
 
 
 class Step(NamedTuple):
@@ -47,6 +48,41 @@ class Operand(NamedTuple):
 
     bytes: int
     written: bool = False
+
+
+class Part(NamedTuple):
+    """One Pallas call of a program: part of its name, the regions of a step, what is copied, and its walk.
+
+    area: pairs of a query and a key in a block.
+    """
+
+    name: str
+    regions: Sequence[str]
+    area: int
+    operands: Sequence[Operand]
+    steps: Iterator[Step]
+
+    def program(self, programs: Sequence[Program]) -> Program:
+        return next(one for one in programs if self.name in one.name)
+
+
+class Bound(NamedTuple):
+    """Seconds on one core: of the Pallas calls, and of what is around them."""
+
+    kernels: float
+    around: float
+
+    @property
+    def total(self) -> float:
+        return self.kernels + self.around
+
+
+def bound(parts: Sequence[Part], programs: Sequence[Program], compiled_text: str, chip: str) -> Bound:
+    """programs: of the compiled program, which have every part among them. ValueError: where they do not fit."""
+    core, kernels = Core.of(chip), 0.0
+    for part in parts:
+        kernels += cycles(part.program(programs), part.regions, part.operands, part.steps, core)
+    return Bound(kernels / core.clock, around(compiled_text) / core.clock)
 
 
 def cycles(

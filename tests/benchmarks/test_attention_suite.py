@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import attention_compiled
 from benchmarks import attention_history as history
 from benchmarks.attention import BUILD, DEFAULT, Refused, chosen_cases, compiled, implementation, run_case
 from benchmarks.attention_cases import Case, cases, draw, error
@@ -35,8 +36,9 @@ def test_work_is_that_of_the_mask(case: Case) -> None:
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.family)
 def test_rows_are_complete_and_right(case: Case) -> None:
-    rows = run_case(case, {name: BUILD[name] for name in DEFAULT}, mode="both", dtype="float32", repeats=1, peak=1e12)
-    assert [row["implementation"] for row in rows] == list(DEFAULT)
+    names = DEFAULT["cpu"]
+    rows = run_case(case, {name: BUILD[name] for name in names}, mode="both", dtype="float32", repeats=1, peak=1e12)
+    assert [row["implementation"] for row in rows] == list(names)
     for row in rows:
         assert row["error"] < 1e-5 and row["wall"] > 0 and row["temporaries"] >= 0
         assert row["of_peak"] == pytest.approx(row["flops_per_second"] / 1e12)
@@ -94,7 +96,7 @@ def test_the_readme_adds_an_implementation() -> None:
 
 
 def test_the_report_is_written(tmp_path: Path) -> None:
-    rows = run_case(Case("long", 1, 32, 32, 2, 2, 8, causal=True), BUILD, mode="forward", repeats=1)
+    rows = run_case(Case("long", 1, 32, 32, 2, 2, 8, causal=True), {"xla": BUILD["xla"]}, mode="forward", repeats=1)
     rows.append({**rows[0], "refused": "too <long>"})
     history.append(tmp_path, [row | {"commit": "abc"} for row in rows])
     assert history.base("ab", tmp_path)[0]["case"] == "long/32"
@@ -115,9 +117,34 @@ def test_deterministic_figures_alone_are_gated(capsys: pytest.CaptureFixture[str
     assert "9.00  a/1 both float32 x" in capsys.readouterr().out
     assert "temporaries 1000 -> 1100" in history.compare([row], [row | {"temporaries": 1100}])[0]
     assert "error" in history.compare([row], [row | {"error": 1e-3}])[0]
-    refused = {name: row[name] for name in history.KEY} | {"refused": "why"}
+    refused = {name: row[name] for name in history.KEY if name in row} | {"refused": "why"}
     assert history.compare([row], [refused]) == ["a/1 both float32 x: ran, and is refused now: why"]
     assert history.compare([refused], [row]) == []
+    compiled = {name: x for name, x in row.items() if name != "wall"} | {"target": "v5e", "bundles": 900.0}
+    assert history.compare([row], [compiled | {"temporaries": 9999}]) == []
+    assert "bundles 900 -> 950" in history.compare([compiled], [compiled | {"bundles": 950.0}])[0]
+
+
+def test_columns_are_those_that_rows_have() -> None:
+    key = {"case": "long/9", "family": "long", "length": 9, "mode": "both", "dtype": "float32", "implementation": "x"}
+    run, compiled = key | {"wall": 2.0, "error": None}, key | {"target": "v5e", "bound": 3e-6, "temporaries": 2**20}
+    assert [column.name for column in history.columns([run])] == ["wall"]
+    shown = history.columns([run, compiled])
+    assert [history.cells(row, shown) for row in (run, compiled)] == [["2000.00", "", ""], ["", "3", "1.0"]]
+    assert history.names([run]) == ["case", "mode", "dtype", "implementation"]
+    assert history.names([run, compiled])[0] == "target"
+    assert history.plots([compiled]).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("name", "chip"), [("v5e", "v5e"), ("v5e:2x2", "v5e"), ("tpu7x", "v7x"), ("h100", "h100")])
+def test_targets(name: str, chip: str) -> None:
+    assert attention_compiled.target(name) == chip
+    assert 15e9 < attention_compiled.device_memory(chip) < 110e9
+
+
+def test_an_unknown_target() -> None:
+    with pytest.raises(ValueError, match="'a100' is unknown: choose v4, v5e"):
+        attention_compiled.target("a100")
 
 
 def test_names_are_checked() -> None:

@@ -3,9 +3,10 @@
 import pytest
 
 from benchmarks import tpu, tpu_bound
+from benchmarks.attention_cases import Case
 from benchmarks.tpu import Program, Region
 from benchmarks.tpu_bound import Core, Operand, Step
-from benchmarks.tpu_walks import Call, Sizes, Splash
+from benchmarks.tpu_walks import Sizes, Splash
 
 HEAD = "MATMUL, VSTORE:SPILL\n2 1\n"
 
@@ -38,7 +39,7 @@ def test_a_program_is_cut_at_its_branches() -> None:
 def test_a_grid_is_added_up() -> None:
     step = region(40, 15, matmuls=9, parts=(region(10, 20), region(20, 30, matmuls=9)))
     program = Program("kernel", region(70, parts=(region(50, 10, loop=True, matmuls=9, parts=(step,)),)))
-    operands, core = [Operand(100), Operand(400), Operand(30, written=True)], Core(1.0, 10.0)
+    operands, core = [Operand(100), Operand(400), Operand(30, written=True)], Core(1.0, 10.0, 0)
     steps = [
         Step({"start": None, "whole": None}, (0, 0, 0)),
         Step({"whole": None}, (0, 1, 0)),
@@ -63,7 +64,7 @@ def test_estimates_around_the_kernels() -> None:
 
 @pytest.mark.parametrize(("window", "whole", "partial"), [(None, 6, 4), (1024, 0, 7)])
 def test_splash_walks_what_a_mask_leaves(window: int | None, whole: int, partial: int) -> None:
-    walk = Splash(Call("causal", 4096, 2, 1, 128, window=window), Sizes(1024, 1024, 512))
+    walk = Splash(Case("causal", 1, 4096, 4096, 2, 1, 128, causal=True, window=window), Sizes(1024, 1024, 512))
     _, steps = walk.forward(residuals=False)
     kinds = [name for step in steps for name in step.runs]
     assert (kinds.count("whole"), kinds.count("partial")) == (2 * whole, 2 * partial)

@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 import re
 
 import pytest
@@ -17,13 +18,17 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zoo.kernels as kernels
-from benchmarks import attention_memory, schedule, tpu, tpu_grid
+from benchmarks import attention_compiled, attention_memory, schedule, tpu, tpu_grid
+from benchmarks.attention_cases import Case
 
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in tpu.QUIET.items():
         monkeypatch.setenv(name, value)
+    # libtpu reads it too, and ends the process at a flag that it does not know.
+    known = [flag for flag in os.environ["XLA_FLAGS"].split() if "fusion_emitters" not in flag]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(known))
 
 
 @pytest.mark.parametrize(
@@ -98,6 +103,18 @@ def test_64_bit_integers_are_no_hindrance(feature: str) -> None:
     step, shapes = tpu_grid.call(feature, 128)
     with jax.enable_x64(True):
         tpu.compile_for("v5e", step, *shapes)
+
+
+def test_the_suite_compiles() -> None:
+    """A row of each kind: a kernel's schedule and bound, memory alone, and a reason."""
+    case = Case("grouped", 2, 1024, 1024, 4, 2, 128, causal=True)
+    rows = list(attention_compiled.rows([(case, "bfloat16", "both")], ["tpu_flash", "chunked", "cudnn"], "v5e"))
+    flash, chunked, cudnn = rows
+    assert 2000 < flash["bundles"] < 4000 and 0.5 < flash["matrix_unit"] < 1
+    # Two products forward and five backward, on as much as the matrix units do.
+    assert 1 < flash["bound"] / (case.flops("both") * 7 / 6 / 197e12) < 4
+    assert 0 < chunked["temporaries"] < chunked["memory"] < 0.01 * attention_compiled.device_memory("v5e")
+    assert "bundles" not in chunked and "refused" in cudnn
 
 
 def test_schedules() -> None:
