@@ -18,6 +18,9 @@ from rich.progress import Progress
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "v7x": "tpu7x:2x2x1"}
 
+OPTIONS = {"v7x": {"xla_tpu_enable_offloading_copy_to_sparsecore": "false"}}
+"""Of the compiler, by chip. Copies by a SparseCore come back in a form that jaxlib 0.10.2 cannot read."""
+
 QUIET = {
     "JAX_PLATFORMS": "cpu",
     "TPU_SKIP_MDS_QUERY": "1",
@@ -85,7 +88,7 @@ def compile_for(chip: str, function: Callable[..., Any], *shapes: Any, row_major
         place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
         placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where(x)), shapes)
         out = jax.tree.map(where, jax.eval_shape(function, *shapes)) if row_major else None
-        return jax.jit(function, out_shardings=out).lower(*placed).compile()
+        return jax.jit(function, out_shardings=out).lower(*placed).compile(OPTIONS.get(chip))
 
 
 class Region(NamedTuple):

@@ -4,7 +4,6 @@ import json
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,7 +40,7 @@ def test_a_pass_is_called_with_its_blocks() -> None:
     expected = reference.attend(build(q, k, v, setting.case.mask()))
     output = autotune.call(setting, SMALL, interpret=True)(q, k, v)
     np.testing.assert_allclose(output.out, expected.output, rtol=0, atol=2e-5)
-    assert jnp.allclose(output.lse, expected.lse, atol=2e-5)
+    np.testing.assert_allclose(output.lse.swapaxes(1, 2), expected.lse, rtol=0, atol=2e-5)
 
 
 def test_what_is_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
