@@ -26,10 +26,10 @@ from rich.progress import track
 
 from benchmarks import attention_history as history
 from benchmarks import tpu
-from benchmarks.attention_cases import Arrays, Case, cases, draw, error
+from benchmarks.attention_cases import Arrays, Case, Refused, cases, draw, error, reason
 from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import interleaved, product_peak, setting
-from zoo.kernels import AttentionError, attention
+from zoo.kernels import attention
 from zoo.kernels.memory import platform
 
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -41,13 +41,16 @@ MODES = ("forward", "residuals", "backward", "both")
 LARGEST_MASK = 2**28
 
 
-class Refused(Exception):
-    """A case that an implementation cannot run; the message is the reason that its row shows."""
-
-
 def zoo_build(impl: str) -> Build:
     """An implementation of zoo.kernels.attention."""
     return lambda case: lambda q, k, v: attention(q, k, v, case.mask(), impl=impl)
+
+
+def mask_array(case: Case) -> np.ndarray:
+    """bool [1, 1, T, S]."""
+    if case.queries * case.keys > LARGEST_MASK:
+        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
+    return case.allowed(*np.ogrid[: case.queries, : case.keys])[None, None]
 
 
 def jax_nn(case: Case) -> Attend:
@@ -55,9 +58,7 @@ def jax_nn(case: Case) -> Attend:
     if case.queries == case.keys and case.document is None:
         window = None if case.window is None else (case.window - 1, 0)
         return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window)
-    if case.queries * case.keys > LARGEST_MASK:
-        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
-    mask = case.allowed(*np.ogrid[: case.queries, : case.keys])[None, None]
+    mask = mask_array(case)
     return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
 
 
@@ -89,12 +90,13 @@ def splash(case: Case) -> Attend:
         block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
     )  # fmt: skip
     masks = splash_attention_mask.MultiHeadMask([one] * case.heads)
-    kernel = splash_attention_kernel.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1)
     segments = None
     if case.document:
-        segments = splash_attention_kernel.SegmentIds(*[jnp.arange(case.keys, dtype=jnp.int32) // case.document] * 2)
+        document = np.arange(case.keys, dtype=np.int32) // case.document
+        segments = splash_attention_kernel.SegmentIds(document, document)
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        kernel = splash_attention_kernel.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1)
         q, k, v = (x.swapaxes(1, 2) for x in (q * case.head_dim**-0.5, k, v))
         return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v).swapaxes(1, 2)
 
@@ -111,9 +113,7 @@ def tokamax(case: Case) -> Attend:
         raise Refused("tokamax is not installed: pip install tokamax") from None
     if case.queries == case.keys and case.document is None and case.window is None:
         return lambda q, k, v: dot_product_attention(q, k, v, is_causal=case.causal)
-    if case.queries * case.keys > LARGEST_MASK:
-        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
-    mask = case.allowed(*np.ogrid[: case.queries, : case.keys])[None, None]
+    mask = mask_array(case)
     return lambda q, k, v: dot_product_attention(q, k, v, mask=jnp.asarray(mask))
 
 
@@ -131,9 +131,6 @@ DEFAULT = {
     "tpu": ("tpu_flash", "chunked", "jax.nn", "splash", "tokamax"),
 }
 """By platform."""
-
-CANNOT = (Refused, AttentionError, NotImplementedError, ValueError, jax.errors.JaxRuntimeError)
-"""What an implementation raises where it cannot run a case."""
 
 
 @dataclass(frozen=True)
@@ -210,9 +207,9 @@ def run_case(
         try:
             programs[name] = program = compiled(build(case), mode, arrays)
             wrong = error(case, arrays, program.answer) if mode == "both" else None
-        except CANNOT as problem:
+        except Exception as problem:  # Whatever an implementation raises is its answer.
             programs.pop(name, None)
-            rows[name]["refused"] = str(problem).splitlines()[0]
+            rows[name]["refused"] = reason(problem)
             continue
         rows[name] |= {
             "compile_seconds": program.compile_seconds,
@@ -247,7 +244,10 @@ def chosen_cases(families: Sequence[str] | None, longest: int) -> list[Case]:
     for family in families or ():
         if family not in known:
             raise SystemExit(f"case {family!r} is unknown: choose among {', '.join(sorted(known))}")
-    return [case for case in found if not families or case.family in families]
+    chosen = [case for case in found if not families or case.family in families]
+    if not chosen:
+        raise SystemExit(f"no case of {', '.join(families or known)} has at most {longest} keys: raise --longest")
+    return chosen
 
 
 def measured(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], repeats: int) -> Iterator[dict[str, Any]]:
@@ -262,7 +262,7 @@ def measured(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], repeat
 
 def compiled_for(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], chips: Sequence[str]) -> Iterator[dict]:
     """Rows of the cases, each with dtype and mode, of what is not there."""
-    from benchmarks import attention_compiled  # It needs the extra `aot`, or `aot-cuda`.
+    from benchmarks import attention_compiled  # It imports this module.
 
     try:
         targets = [attention_compiled.target(name) for name in chips]
@@ -280,7 +280,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["forward", "both"])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16", "float32"])
     parser.add_argument("--longest", type=int, default=4096, help="most keys of a case")
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns, after one that warms up")
+    parser.add_argument("--repeats", type=int, help="timed turns, after one that warms up; default: 5")
     parser.add_argument(
         "--compile-for", nargs="+", metavar="CHIP", help="compile for what is not there, and run nothing"
     )
@@ -291,6 +291,8 @@ def main() -> None:
     if options.fail_on_regression and not options.compare:
         parser.error("--fail-on-regression compares with a base: give --compare BASE")
     base = history.base(options.compare, options.out) if options.compare else []
+    if options.repeats is not None and (options.compile_for or options.repeats < 1):
+        parser.error(f"--repeats {options.repeats}: turns are timed from 1 on, and none with --compile-for")
     for name in options.implementations:
         implementation(name)
     cases = chosen_cases(options.cases, options.longest)
@@ -298,8 +300,8 @@ def main() -> None:
     if options.compile_for:
         found = list(compiled_for(todo, options.implementations, options.compile_for))
     else:
-        names = options.implementations or DEFAULT[jax.default_backend()]
-        found = list(measured(todo, names, options.repeats))
+        names = options.implementations or DEFAULT.get(jax.default_backend(), DEFAULT["cpu"])
+        found = list(measured(todo, names, options.repeats or 5))
     history.append(options.out, found)
     history.show(found)
     print(f"\nwritten to {options.out}: {', '.join(history.write_report(options.out, found))}")

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from benchmarks import tpu, tpu_bound
-from benchmarks.attention_cases import Case
+from benchmarks.attention_cases import Case, reason
 from benchmarks.tpu_bound import Bound, Part
 from benchmarks.tpu_walks import JaxSplash, Sizes, Splash, flash_parts
 from zoo.kernels import Mask, attention
@@ -164,7 +164,7 @@ def bound(implementation: str, call: Case, chip: str, mode: str, *sizes: Sizes) 
             plan = BUILD[implementation](call, chip, mode, *sizes)
             compiled = tpu.compile_for(chip, plan.function, *plan.shapes, row_major=True)
         except Exception as problem:
-            return str(problem).splitlines()[0]
+            return reason(problem)
         return tpu_bound.bound(plan.parts, tpu.programs(Path(folder)), compiled.as_text(), chip)
 
 

@@ -11,9 +11,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.kernels import Mask
+from zoo.kernels import AttentionError, Mask
 
 CHECKED_ROWS = 32
+
+
+class Refused(Exception):
+    """A case that an implementation cannot run; the message is the reason that its row shows."""
+
+
+def reason(problem: Exception) -> str:
+    """The first line of what went wrong, with its kind where nobody foresaw it."""
+    first = next(iter(str(problem).strip().splitlines()), "")
+    return first if isinstance(problem, Refused | AttentionError) else f"{type(problem).__name__}: {first}"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ a TPU the static schedule, and of `tpu_flash` the modelled bound of the whole ca
 """
 
 import contextlib
+import importlib.util
 import re
 import tempfile
 import time
@@ -16,25 +17,38 @@ from typing import Any
 import jax
 
 from benchmarks import cuda, tpu, tpu_bound
-from benchmarks.attention import CANNOT, implementation, key, stage
-from benchmarks.attention_cases import Case, shapes
+from benchmarks.attention import implementation, key, stage
+from benchmarks.attention_cases import Case, Refused, reason, shapes
+from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import origin
+from benchmarks.schedule import UNIT
 from benchmarks.tpu import Program
 from benchmarks.tpu_walks import flash_parts
 
-UNIT = 512 * 512
+NAMES = {name: chip for chip, topology in tpu.TOPOLOGIES.items() for name in (chip, topology)}
+NAMES |= {"tpu7x": "v7x"} | {name: name for name in cuda.TARGETS}
+
+NEEDED = {"tpu": ("libtpu", "aot"), "gpu": ("jax_cuda12_plugin", "aot-cuda")}
+"""By platform: what compiles for it, and the extra that brings it."""
 
 
 def target(name: str) -> str:
-    """The chip of `v5e`, `v5e:2x2`, `tpu7x`, `h100`. ValueError: it is unknown."""
-    chip = {"tpu7x": "v7x"}.get(name.partition(":")[0], name.partition(":")[0])
-    if chip not in (*tpu.TOPOLOGIES, *cuda.TARGETS):
+    """The chip of `v5e`, `v5e:2x2`, `tpu7x`, `h100`. ValueError: it is unknown, or its compiler is not installed."""
+    if name not in NAMES:
         raise ValueError(f"{name!r} is unknown: choose {', '.join((*tpu.TOPOLOGIES, *cuda.TARGETS))}")
+    chip = NAMES[name]
+    package, extra = NEEDED[platform(chip)]
+    if importlib.util.find_spec(package) is None:
+        raise ValueError(f"{name} needs {package}: pip install -e '.[{extra}]'")
     return chip
 
 
+def platform(chip: str) -> str:
+    return "tpu" if chip in tpu.TOPOLOGIES else "gpu"
+
+
 def device_memory(chip: str) -> int:
-    """Bytes of one device: a GPU, a TPU chip, a core of v7x."""
+    """Bytes of one device: a GPU, a TPU chip (of v4 and v5p two cores), a core of v7x."""
     if chip in cuda.TARGETS:
         (size,) = re.findall(r"device_memory_size: (\d+)", cuda.TARGETS[chip].read_text())
         return int(size)
@@ -51,32 +65,38 @@ def rows(cases: Sequence[tuple[Case, str, str]], implementations: Sequence[str],
 
 def compile_case(case: Case, dtype: str, mode: str, name: str, chip: str) -> dict[str, Any]:
     """The figures of a row, or why there are none in `refused`; in a process that has compiled for no TPU yet."""
-    arrays = shapes(case, dtype)
     with tempfile.TemporaryDirectory() as folder:
-        if chip in tpu.TOPOLOGIES:
+        if platform(chip) == "tpu":
             tpu.prepare(Path(folder))
         try:
-            with _meant(chip):
-                function, arguments = stage(implementation(name)(case), mode, arrays, jax.eval_shape)
-            start = time.perf_counter()
-            compiled = (tpu if chip in tpu.TOPOLOGIES else cuda).compile_for(chip, function, *arguments)
-        except CANNOT as problem:
-            return {"refused": str(problem).strip().splitlines()[0]}
-        seconds = time.perf_counter() - start
-        programs = tpu.programs(Path(folder))
+            return _figures(case, dtype, mode, name, chip, Path(folder))
+        except Exception as problem:  # Whatever an implementation or a compiler raises is the answer.
+            return {"refused": reason(problem)}
+
+
+def _figures(case: Case, dtype: str, mode: str, name: str, chip: str, folder: Path) -> dict[str, Any]:
+    with _meant(chip):
+        attend = implementation(name)(case)
+        if isinstance(attend, TorchAttention):
+            raise Refused("it runs here alone")
+        function, arguments = stage(attend, mode, shapes(case, dtype), jax.eval_shape)
+    start = time.perf_counter()
+    compiled = (tpu if platform(chip) == "tpu" else cuda).compile_for(chip, function, *arguments)
+    seconds = time.perf_counter() - start
     found = compiled.memory_analysis()
     memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
     row = {"compile_seconds": seconds, "temporaries": found.temp_size_in_bytes, "memory": memory}
     row["of_memory"] = memory / device_memory(chip)
-    if any("flash_" in one.name for one in programs):
+    programs = tpu.programs(folder, "flash_") if name in ("auto", "tpu_flash") else []
+    if programs:
         row |= _of_flash(case, dtype, mode, chip, programs, compiled.as_text())
     return row
 
 
 def _of_flash(case: Case, dtype: str, mode: str, chip: str, programs: list[Program], text: str) -> dict[str, float]:
-    """Nothing, or no bound, where the walk does not know what was compiled.
+    """Nothing where keys are taken in parts; no bound where the program has regions that the walk does not know.
 
-    bundles, spills: of the kernels, per 512 x 512 scores of an interior block. matrix_unit: share of its slots.
+    bundles, spills: of both passes, per 512 x 512 scores of an interior block. matrix_unit: share of its slots.
     """
     try:
         parts = flash_parts(case, dtype, chip, mode)

@@ -53,8 +53,8 @@ COLUMNS = (
 
 
 def key(row: Row) -> tuple[str, ...]:
-    """What says which row one is; what was run here has no target."""
-    return tuple(row.get(name, "") for name in KEY)
+    """What says which row one is; what was run has its device as target."""
+    return (row.get("target", row.get("device", "")), *(row[name] for name in KEY[1:]))
 
 
 def columns(rows: Sequence[Row]) -> list[Column]:
@@ -90,7 +90,7 @@ def show(rows: Sequence[Row]) -> None:
     for column in shown:
         table.add_column(column.head, justify="right")
     for row in rows:
-        table.add_row(*(row[name] for name in named), *cells(row, shown))
+        table.add_row(*(row.get(name, "") for name in named), *cells(row, shown))
     Console(width=150).print(table)
 
 
@@ -155,11 +155,13 @@ def page(rows: Sequence[Row], picture: bytes) -> str:
     heads, body = (*named, *(column.head for column in shown)), []
     for row in rows:
         span = f' colspan="{len(shown)}"' if "refused" in row else ""
-        tds = [f"<td>{html.escape(row[name])}</td>" for name in named]
+        tds = [f"<td>{html.escape(row.get(name, ''))}</td>" for name in named]
         tds += [f"<td class=figure{span}>{html.escape(cell)}</td>" for cell in cells(row, shown)]
         body.append(f"<tr>{''.join(tds)}</tr>")
     first = rows[0] if rows else {}
-    where = ", ".join(f"{name} {first[name]}" for name in ("device", "cores", "jax", "commit", "date") if name in first)
+    where = ", ".join(
+        f"{name} {first[name]}" for name in ("target", "device", "cores", "jax", "commit", "date") if name in first
+    )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>attention</title><style>
 body {{ max-width: 75rem; margin: 3rem auto; padding: 0 1.5rem; font: 15px/1.5 system-ui, sans-serif; color: #1f2933; }}
@@ -168,7 +170,7 @@ th {{ text-align: left; color: #5f6c7b; font-weight: 500; }} th, td {{ padding: 
 .figure {{ text-align: right; font-variant-numeric: tabular-nums; }}
 .figure[colspan] {{ text-align: left; color: #5f6c7b; }}
 </style></head><body><h1>Attention</h1><p>{html.escape(where)}</p>
-<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="Throughput and temporaries against length">
+<img src="data:image/png;base64,{base64.b64encode(picture).decode()}" alt="The family long against length">
 <table><tr>{"".join(f"<th>{head}</th>" for head in heads)}</tr>
 {chr(10).join(body)}
 </table></body></html>
@@ -181,6 +183,7 @@ def compare(base: Sequence[Row], rows: Sequence[Row]) -> list[str]:
     regressions, ratios, counterparts = [], [], 0
     for row in rows:
         old, label = before.get(key(row)), " ".join(filter(None, key(row)))
+        counterparts += old is not None
         if old is None or "refused" in old:
             continue
         if "refused" in row:
@@ -190,9 +193,12 @@ def compare(base: Sequence[Row], rows: Sequence[Row]) -> list[str]:
             a, b = old.get(name), row.get(name)
             if a is not None and b is not None and b > allowed * a:
                 regressions.append(f"{label}: {name} {a:.4g} -> {b:.4g}")
-        counterparts += 1
         if "wall" in row and "wall" in old:
             ratios.append((row["wall"] / old["wall"], label))
+    if not counterparts:
+        raise SystemExit(
+            "--compare: no row has a counterpart in the base: run the same cases, modes, dtypes and device"
+        )
     print(f"\n{counterparts} rows have a counterpart in the base{'; time against it (not gated):' if ratios else ''}")
     for ratio, label in sorted(ratios):
         print(f"  {ratio:6.2f}  {label}")

@@ -4,13 +4,15 @@
     python -m benchmarks.autotune --compile-for v5e --out blocks.json      anywhere (needs the extra `aot`)
     FLAXZOO_BLOCKS=blocks.json zoo train ...
 
-Causal attention of 4 heads. Of each pass, head size and length all candidates are tried beside the blocks of now, and
-the best are written as `kernels/tpu_blocks.py` reads them. A bound is no time: it knows of no stalls.
+Causal attention of 4 heads, in as many rows as make 32768 positions. Of each pass, head size and length some 40
+candidates are tried beside the blocks of now, which stay where they are within 3 % of the best; `kernels/tpu_blocks.py`
+reads what is written. Offline each candidate is a process of some seconds. A bound is no time.
 """
 
 import argparse
 import itertools
 import json
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -32,12 +34,15 @@ from zoo.kernels.problem import build
 from zoo.kernels.tpu_blocks import Blocks, Entry
 from zoo.kernels.tpu_flash import TpuFlash
 
-HEADS = 4
+HEADS, POSITIONS = 4, 32768
 DIRECTIONS = ("forward", "backward")
+
+WORTH = 0.97
+"""Share of the time of now that a candidate has to be within to take its place."""
 
 
 class Setting(NamedTuple):
-    """What has blocks of its own."""
+    """What has blocks of its own; length: of queries and of keys."""
 
     direction: str
     head_dim: int
@@ -46,32 +51,33 @@ class Setting(NamedTuple):
 
     @property
     def case(self) -> Case:
-        return Case("tune", 1, self.length, self.length, HEADS, HEADS, self.head_dim, causal=True)
+        rows = max(1, POSITIONS // self.length)
+        return Case("tune", rows, self.length, self.length, HEADS, HEADS, self.head_dim, causal=True)
 
 
 def candidates(direction: str, length: int) -> list[Blocks]:
-    """What the schedules tell apart: larger blocks wait less for memory, larger tiles spill more."""
+    """Cut to the length. Larger blocks wait less for memory, and larger tiles spill more."""
     sizes = itertools.product((256, 512, 1024), (512, 1024, 2048), (256, 512, 1024), (512, 1024), (False, True))
     found = [Blocks(*one) for one in sizes]
     most = 2**21 if direction == "forward" else 2**20
-    return [
-        blocks
+    rows = (512,) if direction == "forward" else (256, 512)
+    whole = [
+        tpu_blocks.cut(blocks, length, length)
         for blocks in found
-        if blocks.rows in (blocks.queries, 512, 256 if direction == "backward" else 512)
-        and blocks.rows <= blocks.queries
-        and blocks.step <= blocks.keys
-        and max(blocks.queries, blocks.keys) <= length
-        and blocks.queries * blocks.keys <= most
+        if blocks.rows in (blocks.queries, *rows) and blocks.rows <= blocks.queries
+        if blocks.step <= blocks.keys and blocks.queries * blocks.keys <= most
     ]
+    return list(dict.fromkeys(whole))
 
 
 def present(setting: Setting, chip: str) -> Blocks:
     """The blocks of now."""
-    return tpu_blocks.chosen(setting.direction, chip, setting.head_dim, setting.length, setting.dtype)
+    blocks = tpu_blocks.chosen(setting.direction, chip, setting.head_dim, setting.length, setting.dtype)
+    return tpu_blocks.cut(blocks, setting.length, setting.length)
 
 
-def call(setting: Setting, blocks: Blocks, interpret: bool = False) -> Callable[..., Any]:
-    """A pass at these blocks: of q, k, v; backward also of the output, its log-sum-exp and its gradient."""
+def call(setting: Setting, blocks: Blocks | None, interpret: bool = False) -> Callable[..., Any]:
+    """A pass at these blocks, or at those of now: of q, k, v; backward also of output, log-sum-exp and gradient."""
     mask = setting.case.mask()
 
     def forward(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
@@ -89,42 +95,49 @@ def measured(setting: Setting, tried: list[Blocks], repeats: int, interpret: boo
     q, k, v, gradient = draw(setting.case, setting.dtype)
     arguments: tuple = (q, k, v)
     if setting.direction == "backward":
-        out, lse = jax.jit(call(setting._replace(direction="forward"), tried[0], interpret))(q, k, v)
+        out, lse = jax.jit(call(setting._replace(direction="forward"), None, interpret))(q, k, v)
         arguments = (q, k, v, out, lse, gradient)
     runs = {}
     for blocks in tried:
         try:
             program = jax.jit(call(setting, blocks, interpret)).lower(*arguments).compile()
-        except jax.errors.JaxRuntimeError:
+        except Exception:  # Whatever a compiler raises says that it does not.
             continue
         runs[blocks] = lambda program=program: program(*arguments)
     return {blocks: times.wall for blocks, times in interleaved(runs, repeats).items()}
 
 
 def bound(setting: Setting, blocks: Blocks, chip: str) -> float | None:
-    """Seconds, or None where it does not compile; in a process that has compiled for no TPU yet."""
+    """Seconds, or None where it does not compile or its walk is not known; in a process new to TPUs."""
     q, k, v, gradient = shapes(setting.case, setting.dtype)
-    lse = jax.ShapeDtypeStruct((1, HEADS, setting.length), jnp.float32)
+    lse = jax.ShapeDtypeStruct((setting.case.batch, HEADS, setting.length), jnp.float32)
     arguments = (q, k, v) if setting.direction == "forward" else (q, k, v, q, lse, gradient)
     with tempfile.TemporaryDirectory() as folder:
         tpu.prepare(Path(folder))
         try:
-            compiled = tpu.compile_for(chip, call(setting, blocks), *arguments)
             parts = flash_parts(setting.case, setting.dtype, chip, setting.direction, blocks)
-        except (jax.errors.JaxRuntimeError, ValueError):
+            compiled = tpu.compile_for(chip, call(setting, blocks), *arguments)
+            return tpu_bound.bound(parts, tpu.programs(Path(folder)), compiled.as_text(), chip).kernels
+        except Exception:  # Whatever a compiler raises says that it does not.
             return None
-        return tpu_bound.bound(parts, tpu.programs(Path(folder)), compiled.as_text(), chip).kernels
+
+
+def best_of(seconds: Mapping[Blocks, float], now: Blocks) -> Blocks | None:
+    """None where nothing compiles."""
+    if not seconds:
+        return None
+    best = min(seconds, key=lambda blocks: seconds[blocks])
+    return best if now not in seconds or seconds[best] < WORTH * seconds[now] else now
 
 
 def entries(best: Mapping[Setting, Blocks], chip: str) -> list[Entry]:
-    """In the order in which they are tried; the longest length and the largest head stand for all beyond."""
+    """In the order in which they are tried; the longest length stands for all beyond."""
     found = []
     for setting, blocks in sorted(best.items()):
-        alike = [x for x in best if (x.direction, x.dtype) == (setting.direction, setting.dtype)]
+        alike = [x for x in best if x._replace(length=0) == setting._replace(length=0)]
         longest = setting.length == max(x.length for x in alike)
-        largest = setting.head_dim == max(x.head_dim for x in alike)
-        limits = (None if largest else setting.head_dim, None if longest else setting.length)
-        found.append(Entry(setting.direction, *blocks, chip, setting.dtype, *limits))
+        limit = None if longest else setting.length
+        found.append(Entry(setting.direction, *blocks, chip, setting.dtype, setting.head_dim, limit))
     return found
 
 
@@ -149,11 +162,13 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 8192, 32768])
     parser.add_argument("--dtypes", nargs="+", choices=("bfloat16", "float32"), default=["bfloat16"])
     parser.add_argument("--directions", nargs="+", choices=DIRECTIONS, default=DIRECTIONS)
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns, after one that warms up")
+    parser.add_argument("--repeats", type=int, help="timed turns, after one that warms up; default: 5")
     parser.add_argument("--out", type=Path, required=True, help="a new JSON file, for FLAXZOO_BLOCKS")
     given = parser.parse_args()
-    if given.out.exists():
-        parser.error(f"--out {given.out} is there already: name a new file")
+    if given.out.exists() or not given.out.parent.is_dir():
+        parser.error(f"--out {given.out}: name a new file, in a folder that is there")
+    if given.repeats is not None and (given.compile_for or given.repeats < 1):
+        parser.error(f"--repeats {given.repeats}: turns are timed from 1 on, and none with --compile-for")
     if wrong := [x for x in given.head_dims if x % 8 or not 0 < x <= 256]:
         parser.error(f"--head-dims {wrong[0]}: the kernels take multiples of 8 up to 256")
     if wrong := [x for x in given.lengths if x < 512]:
@@ -165,13 +180,18 @@ def main() -> None:
     print(f"{chip}, {'modelled bound, nothing was run' if given.compile_for else 'measured'}")
     print("| pass | head size | length | dtype | blocks | us | blocks of now | us | ratio |")
     print("|---|---:|---:|---|---|---:|---|---:|---:|")
-    for setting, seconds in zip(settings, results(settings, chip, given.compile_for, given.repeats), strict=True):
+    measures = results(settings, chip, bool(given.compile_for), given.repeats or 5)
+    for setting, seconds in zip(settings, measures, strict=True):
         now = present(setting, chip)
-        best[setting] = min(seconds, key=lambda blocks: seconds[blocks])
-        before = seconds.get(now, np.nan)
-        figures = f"{1e6 * seconds[best[setting]]:.0f} | {shown(now)} | {1e6 * before:.0f}"
-        ratio = seconds[best[setting]] / before
-        print(f"| {' | '.join(map(str, setting))} | {shown(best[setting])} | {figures} | {ratio:.2f} |")
+        found = best_of(seconds, now)
+        cells = [*map(str, setting), "none compiles, or none's walk is known", "", shown(now), "", ""]
+        if found is not None:
+            best[setting], before = found, seconds.get(now, np.nan)
+            cells[4:] = shown(found), f"{1e6 * seconds[found]:.0f}", shown(now), f"{1e6 * before:.0f}"
+            cells.append(f"{seconds[found] / before:.2f}")
+        print(f"| {' | '.join(cells)} |")
+    if not best:
+        sys.exit("nothing is written: the blocks of now stay")
     given.out.write_text(json.dumps([one._asdict() for one in entries(best, chip)], indent=1) + "\n")
     print(f"written to {given.out}: FLAXZOO_BLOCKS={given.out}")
 

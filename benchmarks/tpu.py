@@ -10,6 +10,8 @@ import multiprocessing
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,10 +53,15 @@ def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: in
     """
     done = {}
     os.environ.update(QUIET)
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=share) as pool, Progress(transient=True) as bar:
-        jobs = {case: pool.apply_async(function, case) for case in cases}
+    spawn = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=share)
+    with pool, Progress(transient=True) as bar:
+        jobs = {case: pool.submit(function, *case) for case in cases}
         for case, job in bar.track(jobs.items(), total=len(jobs), description="compiling"):
-            done[case] = job.get()
+            try:
+                done[case] = job.result()
+            except BrokenProcessPool:
+                raise SystemExit(f"the compiler ended its process, at {case} or a case beside it") from None
     return done
 
 

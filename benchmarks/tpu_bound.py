@@ -63,7 +63,10 @@ class Part(NamedTuple):
     steps: Iterator[Step]
 
     def program(self, programs: Sequence[Program]) -> Program:
-        return next(one for one in programs if self.name in one.name)
+        found = [one for one in programs if self.name in one.name]
+        if not found:
+            raise ValueError(f"no kernel among {', '.join(one.name for one in programs)} is {self.name}")
+        return found[0]
 
 
 class Bound(NamedTuple):

@@ -241,7 +241,7 @@ class Splash:
 
 
 class JaxSplash(Splash):
-    """Of JAX's: one body for whole and partial blocks, and steps without one where a row of blocks is shorter."""
+    """Of JAX's: one body for whole and partial blocks, and steps without one, in which the next block is fetched."""
 
     FORWARD = ("init", "run", "end")
     wide = False
@@ -251,32 +251,30 @@ class JaxSplash(Splash):
         return ("init", "run", "end")
 
     def _forward(self, segments: bool, residuals: bool) -> Iterator[Step]:
+        """The grid is as wide as the row of blocks that has the most."""
         queries, keys = self.counts
         rows = [[j for j in range(keys) if self._kind(i, j)] for i in range(queries)]
+        width = max(map(len, rows))
         for n in range(self.heads):
-            for i, first, last, j, runs in _steps(rows):
-                runs |= ({"init": None} if first else {}) | ({"end": None} if last else {})
-                kv = n // self.group, j
-                yield Step(runs, ((n, i), kv, kv, i, *((i, j) if segments else ()), *[(n, i)] * (1 + residuals)))
+            for i, row in enumerate(rows):
+                for at in range(width):
+                    j = row[at] if at < len(row) else 0
+                    runs = ({"init": None} if at == 0 else {}) | ({"run": None} if at < len(row) else {})
+                    runs |= {"end": None} if at == width - 1 else {}
+                    kv = n // self.group, j
+                    yield Step(runs, ((n, i), kv, kv, i, *((i, j) if segments else ()), *[(n, i)] * (1 + residuals)))
 
     def _backward(self, segments: bool) -> Iterator[Step]:
+        """Each block of keys meets all of queries: where the kernel is fused, the grid is not cut."""
         queries, keys = self.counts
         columns = [[i for i in range(queries) if self._kind(i, j)] for j in range(keys)]
         for j, column in enumerate(columns):
+            after = columns[(j + 1) % keys][0]
             for n in range(self.heads):
                 member = n % self.group
-                for at, (_, first, last, i, runs) in enumerate(_steps([column], max(map(len, columns)))):
-                    runs |= {"init": None} if first and member == 0 else {}
-                    runs |= {"end": None} if last and member == self.group - 1 else {}
-                    kv, query = (n // self.group, j), (n, i)
-                    sides = (i, j) if segments else ()
-                    yield Step(runs, (*[query] * 4, i, kv, kv, *sides, (n, at, j), kv, kv))
-
-
-def _steps(rows: list[list[int]], width: int = 0) -> Iterator[tuple[int, bool, bool, int, dict]]:
-    """(row, whether it starts and ends here, the block that is there or comes next, what runs)."""
-    width = width or max(map(len, rows))
-    for i, row in enumerate(rows):
-        for at in range(width):
-            ahead = row[at] if at < len(row) else rows[(i + 1) % len(rows)][0]
-            yield i, at == 0, at == width - 1, ahead, {"run": None} if at < len(row) else {}
+                for i in range(queries):
+                    ahead = next((x for x in column if x >= i), after)
+                    runs = ({"init": None} if i == 0 and member == 0 else {}) | ({"run": None} if i in column else {})
+                    runs |= {"end": None} if i == queries - 1 and member == self.group - 1 else {}
+                    kv, query, sides = (n // self.group, j), (n, ahead), (ahead, j) if segments else ()
+                    yield Step(runs, (*[query] * 4, ahead, kv, kv, *sides, (n, i, j), kv, kv))

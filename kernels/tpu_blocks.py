@@ -123,10 +123,13 @@ def find(direction: str, problem: Problem) -> Blocks:
     shape, left = problem.shape, problem.mask.rules.left
     head_dim, length = max(shape.head_dim, problem.v.shape[-1]), max(shape.queries, shape.keys)
     length = length if left is None else min(length, 2 * (left + 1))
-    blocks = chosen(direction, chip() or "v5e", head_dim, length, str(problem.q.dtype))
-    queries, rows = _cut(shape.queries, blocks.queries, blocks.rows)
-    keys, step = _cut(shape.keys, blocks.keys, blocks.step)
-    return Blocks(queries, keys, rows, step, blocks.turned)
+    return cut(chosen(direction, chip() or "v5e", head_dim, length, str(problem.q.dtype)), shape.queries, shape.keys)
+
+
+def cut(blocks: Blocks, queries: int, keys: int) -> Blocks:
+    """To these lengths: as few blocks as the limit allows, as even as whole registers allow."""
+    (block_q, rows), (block_k, step) = _cut(queries, blocks.queries, blocks.rows), _cut(keys, blocks.keys, blocks.step)
+    return Blocks(block_q, block_k, rows, step, blocks.turned)
 
 
 def chosen(direction: str, chip: str, head_dim: int, length: int, dtype: str = "bfloat16") -> Blocks:
@@ -137,7 +140,7 @@ def chosen(direction: str, chip: str, head_dim: int, length: int, dtype: str = "
 
 
 def _cut(length: int, block: int, tile: int) -> tuple[int, int]:
-    """Block and tile for a length: as few blocks as the limit allows, as even as whole registers allow."""
+    """Block and tile of one length."""
     each = -(-length // -(-length // block))
     unit = LANES if each <= 4 * LANES else 2 * LANES
     size = min(-(-each // unit) * unit, block)

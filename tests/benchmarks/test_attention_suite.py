@@ -1,7 +1,13 @@
 """The benchmark suite of attention: its cases and their float64 answers, its rows, and what it calls a regression."""
 
 import csv
+import importlib.util
+import json
+import os
 import re
+import subprocess
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import jax
@@ -121,7 +127,9 @@ def test_deterministic_figures_alone_are_gated(capsys: pytest.CaptureFixture[str
     assert history.compare([row], [refused]) == ["a/1 both float32 x: ran, and is refused now: why"]
     assert history.compare([refused], [row]) == []
     compiled = {name: x for name, x in row.items() if name != "wall"} | {"target": "v5e", "bundles": 900.0}
-    assert history.compare([row], [compiled | {"temporaries": 9999}]) == []
+    with pytest.raises(SystemExit, match="no row has a counterpart"):
+        history.compare([row], [compiled])
+    assert history.key(row | {"device": "cpu"}) != history.key(row | {"device": "NVIDIA H100"})
     assert "bundles 900 -> 950" in history.compare([compiled], [compiled | {"bundles": 950.0}])[0]
 
 
@@ -137,14 +145,48 @@ def test_columns_are_those_that_rows_have() -> None:
 
 
 @pytest.mark.parametrize(("name", "chip"), [("v5e", "v5e"), ("v5e:2x2", "v5e"), ("tpu7x", "v7x"), ("h100", "h100")])
-def test_targets(name: str, chip: str) -> None:
+def test_targets(name: str, chip: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("libtpu", "jax_cuda12_plugin"):
+        monkeypatch.setitem(sys.modules, module, importlib.util.module_from_spec(ModuleSpec(module, None)))
     assert attention_compiled.target(name) == chip
     assert 15e9 < attention_compiled.device_memory(chip) < 110e9
 
 
-def test_an_unknown_target() -> None:
-    with pytest.raises(ValueError, match="'a100' is unknown: choose v4, v5e"):
-        attention_compiled.target("a100")
+def test_targets_that_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a100", "v5e:4x4"):
+        with pytest.raises(ValueError, match=f"'{name}' is unknown: choose v4, v5e"):
+            attention_compiled.target(name)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"v6e needs libtpu: pip install -e '.\[aot\]'"):
+        attention_compiled.target("v6e")
+    with pytest.raises(ValueError, match=r"h100 needs jax_cuda12_plugin"):
+        attention_compiled.target("h100")
+
+
+def test_an_implementation_of_ones_own_refuses(tmp_path: Path) -> None:
+    """Where the suite runs as a program."""
+    (tmp_path / "mine.py").write_text(
+        "from benchmarks.attention import Refused\n"
+        "def build(case):\n    raise Refused('not today')\n"
+        "def broken(case):\n    return lambda q, k, v: q @ v\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.attention",
+        "--cases",
+        "unet",
+        "--longest",
+        "256",
+        "--modes",
+        "forward",
+    ]
+    command += ["--dtypes", "float32", "--out", str(tmp_path / "out"), "--implementations", "mine:build", "mine:broken"]
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}
+    subprocess.run(command, cwd=root, env=environment, check=True, capture_output=True)
+    mine, broken = map(json.loads, (tmp_path / "out" / history.HISTORY).read_text().splitlines())
+    assert mine["refused"] == "not today" and broken["refused"].startswith("TypeError: ")
 
 
 def test_names_are_checked() -> None:
@@ -152,6 +194,8 @@ def test_names_are_checked() -> None:
     assert max(case.keys for case in cases(2048)) == 2048
     with pytest.raises(SystemExit, match="case 'lung' is unknown: choose among"):
         chosen_cases(["lung"], 2048)
+    with pytest.raises(SystemExit, match="no case of window has at most 4096 keys: raise --longest"):
+        chosen_cases(["window"], 4096)
     with pytest.raises(SystemExit, match="implementation 'chunky' is unknown: choose"):
         implementation("chunky")
     with pytest.raises(SystemExit, match="cannot be imported"):

@@ -24,17 +24,39 @@ def test_candidates_are_blocks_that_a_file_may_name(direction: str) -> None:
     for blocks in tried:
         tpu_blocks._checked("here", {"direction": direction} | blocks._asdict())
     assert all(max(blocks.queries, blocks.keys) <= 512 for blocks in autotune.candidates(direction, 512))
+    assert {blocks.queries for blocks in autotune.candidates(direction, 1500)} <= {256, 512, 768}
+
+
+def test_the_blocks_of_now_stay_where_little_is_won() -> None:
+    other = SMALL._replace(keys=256)
+    assert autotune.best_of({SMALL: 1.0, other: 0.98}, SMALL) == SMALL
+    assert autotune.best_of({SMALL: 1.0, other: 0.9}, SMALL) == other
+    assert autotune.best_of({other: 2.0}, SMALL) == other
+    assert autotune.best_of({}, SMALL) is None
+
+
+def test_nothing_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "blocks.json"
+    arguments = ["--compile-for", "v5e", "--lengths", "512", "--head-dims", "64", "--out", str(path)]
+    monkeypatch.setattr(sys, "argv", ["autotune", *arguments])
+    monkeypatch.setattr(autotune, "_chip", lambda parser, name: "v5e")
+    monkeypatch.setattr(autotune, "results", lambda settings, *_: ({} for _ in settings))
+    with pytest.raises(SystemExit, match="nothing is written"):
+        autotune.main()
+    assert capsys.readouterr().out.count("none compiles") == 2 and not path.exists()
 
 
 @pytest.mark.parametrize("direction", autotune.DIRECTIONS)
-def test_measuring_interpreted_kernels(direction: str) -> None:
+def test_measuring_interpreted_kernels(direction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setting = Setting(direction, 64, 256, "float32")
     blocks = [SMALL, SMALL._replace(queries=256)]
+    monkeypatch.setattr(autotune, "POSITIONS", 256)
     seconds = autotune.measured(setting, blocks, repeats=1, interpret=True)
     assert list(seconds) == blocks and min(seconds.values()) > 0
 
 
-def test_a_pass_is_called_with_its_blocks() -> None:
+def test_a_pass_is_called_with_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autotune, "POSITIONS", 512)
     setting = Setting("forward", 64, 256, "float32")
     q, k, v, _ = draw(setting.case, "float32")
     expected = reference.attend(build(q, k, v, setting.case.mask()))
@@ -52,9 +74,9 @@ def test_what_is_written_is_what_is_read(tmp_path: Path, monkeypatch: pytest.Mon
     for setting, blocks in best.items():
         assert tpu_blocks.chosen("forward", "v5e", setting.head_dim, setting.length) == blocks
     assert tpu_blocks.chosen("forward", "v5e", 80, 2048) == best[settings[2]]
-    assert tpu_blocks.chosen("forward", "v5e", 256, 2**20) == best[settings[3]]
+    assert tpu_blocks.chosen("forward", "v5e", 128, 2**20) == best[settings[3]]
     monkeypatch.delenv(tpu_blocks.OVERRIDE)
-    for other in (("backward", "v5e", 64, 2048), ("forward", "v6e", 64, 2048)):
+    for other in (("backward", "v5e", 64, 2048), ("forward", "v6e", 64, 2048), ("forward", "v5e", 256, 2048)):
         default = tpu_blocks.chosen(*other)
         with monkeypatch.context() as patch:
             patch.setenv(tpu_blocks.OVERRIDE, str(path))
@@ -93,9 +115,11 @@ def test_blocks_are_cut_to_a_length(length: int, cut: tuple[int, int]) -> None:
     [
         ([], "--out"),
         (["--out", "new.json"], "there is no TPU here: give --compile-for CHIP"),
-        (["--out", __file__], "is there already: name a new file"),
+        (["--out", __file__], "name a new file, in a folder that is there"),
+        (["--out", "no/such/folder/new.json"], "name a new file, in a folder that is there"),
+        (["--out", "new.json", "--repeats", "0"], "turns are timed from 1 on"),
+        (["--out", "new.json", "--repeats", "3", "--compile-for", "v5e"], "none with --compile-for"),
         (["--out", "new.json", "--compile-for", "v9"], "'v9' is unknown: choose v4, v5e"),
-        (["--out", "new.json", "--compile-for", "h100"], "the blocks are those of TPU kernels"),
         (["--out", "new.json", "--head-dims", "60"], "multiples of 8 up to 256"),
         (["--out", "new.json", "--lengths", "100"], "from 512 on"),
     ],

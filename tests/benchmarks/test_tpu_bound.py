@@ -6,7 +6,7 @@ from benchmarks import tpu, tpu_bound
 from benchmarks.attention_cases import Case
 from benchmarks.tpu import Program, Region
 from benchmarks.tpu_bound import Core, Operand, Step
-from benchmarks.tpu_walks import Sizes, Splash
+from benchmarks.tpu_walks import JaxSplash, Sizes, Splash
 
 HEAD = "MATMUL, VSTORE:SPILL\n2 1\n"
 
@@ -73,3 +73,14 @@ def test_splash_walks_what_a_mask_leaves(window: int | None, whole: int, partial
     kinds = [name for step in steps for name in step.runs]
     assert (kinds.count("whole"), kinds.count("partial")) == (2 * whole, 2 * partial)
     assert kinds.count("init") == kinds.count("write") == 4
+
+
+@pytest.mark.parametrize(("window", "ran", "width"), [(None, 10, 4), (1024, 7, 2)])
+def test_the_splash_of_jax_has_steps_that_do_nothing(window: int | None, ran: int, width: int) -> None:
+    """Forward the grid is as wide as the longest row, backward as there are blocks of queries."""
+    case = Case("causal", 1, 4096, 4096, 2, 1, 128, causal=True, window=window)
+    walk = JaxSplash(case, Sizes(1024, 1024, 1024))
+    for steps, count, sums in ((walk.forward(True)[1], 2 * 4 * width, 8), (walk.backward()[1], 2 * 4 * 4, 4)):
+        kinds = [step.runs for step in steps]
+        assert len(kinds) == count and sum("run" in runs for runs in kinds) == 2 * ran
+        assert sum("init" in runs for runs in kinds) == sum("end" in runs for runs in kinds) == sums

@@ -108,13 +108,15 @@ def test_64_bit_integers_are_no_hindrance(feature: str) -> None:
 def test_the_suite_compiles() -> None:
     """A row of each kind: a kernel's schedule and bound, memory alone, and a reason."""
     case = Case("grouped", 2, 1024, 1024, 4, 2, 128, causal=True)
-    rows = list(attention_compiled.rows([(case, "bfloat16", "both")], ["tpu_flash", "chunked", "cudnn"], "v5e"))
-    flash, chunked, cudnn = rows
+    rows = list(
+        attention_compiled.rows([(case, "bfloat16", "both")], ["tpu_flash", "chunked", "cudnn", "splash"], "v5e")
+    )
+    flash, chunked, cudnn, splash = rows
     assert 2000 < flash["bundles"] < 4000 and 0.5 < flash["matrix_unit"] < 1
     # Two products forward and five backward, on as much as the matrix units do.
     assert 1 < flash["bound"] / (case.flops("both") * 7 / 6 / 197e12) < 4
     assert 0 < chunked["temporaries"] < chunked["memory"] < 0.01 * attention_compiled.device_memory("v5e")
-    assert "bundles" not in chunked and "refused" in cudnn
+    assert "bundles" not in chunked and "refused" in cudnn and 0 < splash["memory"] < 2 * chunked["memory"]
 
 
 def test_schedules() -> None:
