@@ -25,7 +25,6 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import attention_history as history
-from benchmarks import tpu
 from benchmarks.attention_cases import Arrays, Case, Refused, cases, draw, error, reason
 from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import interleaved, product_peak, setting
@@ -269,7 +268,7 @@ def compiled_for(todo: Sequence[tuple[Case, str, str]], names: Sequence[str], ch
     except ValueError as problem:
         raise SystemExit(f"--compile-for {problem}") from None
     for chip in targets:
-        default = DEFAULT["tpu" if chip in tpu.TOPOLOGIES else "gpu"]
+        default = [name for name in DEFAULT[attention_compiled.platform(chip)] if name != "tokamax"]
         yield from attention_compiled.rows(todo, names or default, chip)
 
 
