@@ -115,8 +115,8 @@ def test_the_suite_compiles() -> None:
     assert 2000 < flash["bundles"] < 4000 and 0.5 < flash["matrix_unit"] < 1
     # Two products forward and five backward, on as much as the matrix units do.
     assert 1 < flash["bound"] / (case.flops("both") * 7 / 6 / 197e12) < 4
-    assert 0 < chunked["temporaries"] < chunked["memory"] < 0.01 * attention_compiled.device_memory("v5e")
-    assert "bundles" not in chunked and "refused" in cudnn and 0 < splash["memory"] < 2 * chunked["memory"]
+    assert 0 < splash["temporaries"] < splash["memory"] < 0.01 * attention_compiled.device_memory("v5e")
+    assert "bundles" not in splash and "refused" in cudnn
 
 
 def test_schedules() -> None:
