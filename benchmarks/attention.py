@@ -28,6 +28,7 @@ from benchmarks import attention_history as history
 from benchmarks.attention_cases import Arrays, Case, Refused, cases, draw, error, reason
 from benchmarks.attention_torch import TorchAttention
 from benchmarks.measure import interleaved, product_peak, setting
+from benchmarks.splash import Sizes, jax_kernel
 from zoo.kernels import attention
 from zoo.kernels.memory import platform
 
@@ -63,40 +64,23 @@ def jax_nn(case: Case) -> Attend:
 
 def torch_sdpa(case: Case) -> TorchAttention:
     """torch's scaled_dot_product_attention, with the mask as an array where it is not just causal."""
-    if case.queries * case.keys > LARGEST_MASK and (case.window or case.document):
-        raise Refused(f"its mask takes {case.queries * case.keys / 2**20:.0f} MiB as an array")
+    plain = case.window is None and case.document is None and case.queries == case.keys
     try:
-        return TorchAttention(case)
+        return TorchAttention(case, None if plain else mask_array(case))
     except ImportError:
         raise Refused("torch is not installed: pip install torch") from None
 
 
 def splash(case: Case) -> Attend:
     """The attention that JAX ships for TPUs, at block sizes that are good on most of them."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel, splash_attention_mask
-
-    if case.queries != case.keys:
-        raise Refused("its causal mask is that of a square")
-    square = (case.queries, case.keys)
-    one = splash_attention_mask.FullMask(square)
-    if case.causal:
-        one = splash_attention_mask.CausalMask(square)
-    if case.window:
-        one = splash_attention_mask.LocalMask(square, (case.window - 1, 0), 0)
     block = next((x for x in (1024, 512, 256, 128) if case.keys % x == 0), 128)
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, use_fused_bwd_kernel=True,
-    )  # fmt: skip
-    masks = splash_attention_mask.MultiHeadMask([one] * case.heads)
-    segments = None
-    if case.document:
-        document = np.arange(case.keys, dtype=np.int32) // case.document
-        segments = splash_attention_kernel.SegmentIds(document, document)
+    sizes = Sizes(block, block, block)
+    document = None if case.document is None else np.arange(case.keys, dtype=np.int32) // case.document
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        kernel = splash_attention_kernel.make_splash_mha(masks, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+        kernel = jax_kernel(case, sizes, sizes)
         q, k, v = (x.swapaxes(1, 2) for x in (q * case.head_dim**-0.5, k, v))
+        segments = None if document is None else (document, document)
         return jax.vmap(lambda q, k, v: kernel(q, k, v, segments))(q, k, v).swapaxes(1, 2)
 
     return attend

@@ -24,8 +24,9 @@ import jax.numpy as jnp
 
 from benchmarks import tpu, tpu_bound
 from benchmarks.attention_cases import Case, reason
+from benchmarks.splash import JaxSplash, Kernel, Sizes, Splash, jax_kernel, tokamax_kernel
 from benchmarks.tpu_bound import Bound, Part
-from benchmarks.tpu_walks import JaxSplash, Sizes, Splash, flash_parts
+from benchmarks.tpu_walks import flash_parts
 from zoo.kernels import Mask, attention
 
 CALLS = {
@@ -92,51 +93,24 @@ def flash(call: Case, chip: str, mode: str) -> Plan:
 
 def tokamax(call: Case, chip: str, mode: str, forward: Sizes, backward: Sizes | None = None) -> Plan:
     """tokamax's splash attention, at these block sizes."""
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_kernel as splash
-    from tokamax._src.ops.experimental.tpu.splash_attention import splash_attention_mask as masks
-
-    sizes = {"block_q": forward.queries, "block_kv": forward.keys, "block_kv_compute": forward.tile}
-    if backward is not None:
-        sizes |= {"block_q_dkv": backward.queries, "block_kv_dkv": backward.keys, "block_kv_dkv_compute": backward.tile}
-        sizes |= {"dq_reduction_steps": backward.steps}
-    square = (call.keys, call.keys)
-    mask = masks.LocalMask(square, (call.window - 1, 0), 0) if call.window else masks.CausalMask(square)
-    config = splash.SplashConfig(**sizes, use_experimental_scheduler=True)
-    kernel = splash.make_splash_mha_single_device(mask, config=config)
-
-    def run(segments: Any, q: Any, k: Any, v: Any) -> Any:
-        return kernel(q, k, v, None if segments is None else splash.SegmentIds(segments, segments))
-
-    parts = [Part("fwd", Splash.FORWARD, forward.area, *Splash(call, forward).forward(residuals=backward is not None))]
-    if backward is not None:
-        walk = Splash(call, backward)
-        parts.append(Part("dkv", walk.backward_regions, backward.area, *walk.backward()))
-    return Plan(_both(run) if mode == "both" else run, _by_head(call), parts)
+    return _splash(Splash, tokamax_kernel(call, forward, backward), call, forward, backward)
 
 
 def splash(call: Case, chip: str, mode: str, forward: Sizes, backward: Sizes | None = None) -> Plan:
     """The splash attention that JAX ships, at these block sizes, with its fused backward pass."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+    return _splash(JaxSplash, jax_kernel(call, forward, backward), call, forward, backward)
 
-    sizes = {"block_q": forward.queries, "block_kv": forward.keys, "block_kv_compute": forward.tile}
-    if backward is not None:
-        sizes |= {"block_q_dkv": backward.queries, "block_kv_dkv": backward.keys, "block_kv_dkv_compute": backward.tile}
-        sizes |= {"use_fused_bwd_kernel": True}
-    square = (call.keys, call.keys)
-    mask = masks.LocalMask(square, (call.window - 1, 0), 0) if call.window else masks.CausalMask(square)
-    whole = masks.MultiHeadMask([mask] * call.heads)
-    kernel = kernels.make_splash_mha(whole, block_sizes=kernels.BlockSizes(**sizes), head_shards=1, q_seq_shards=1)
 
+def _splash(walk: type[Splash], kernel: Kernel, call: Case, forward: Sizes, backward: Sizes | None) -> Plan:
     def run(segments: Any, q: Any, k: Any, v: Any) -> Any:
-        return kernel(q, k, v, None if segments is None else kernels.SegmentIds(segments, segments))
+        return kernel(q, k, v, None if segments is None else (segments, segments))
 
-    walk = JaxSplash(call, forward)
-    parts = [Part("fwd", JaxSplash.FORWARD, forward.area, *walk.forward(residuals=backward is not None))]
+    operands, steps = walk(call, forward).forward(residuals=backward is not None)
+    parts = [Part("fwd", walk.FORWARD, forward.area, operands, steps)]
     if backward is not None:
-        walk = JaxSplash(call, backward)
-        parts.append(Part("dkv", walk.backward_regions, backward.area, *walk.backward()))
-    return Plan(_both(run) if mode == "both" else run, _by_head(call), parts)
+        back = walk(call, backward)
+        parts.append(Part("dkv", back.backward_regions, backward.area, *back.backward()))
+    return Plan(run if backward is None else _both(run), _by_head(call), parts)
 
 
 def _by_head(call: Case) -> list:

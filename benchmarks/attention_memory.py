@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from benchmarks import cuda, tpu
+from benchmarks.attention_cases import Case
+from benchmarks.splash import Sizes, jax_kernel
 from zoo.kernels import AttentionError, Mask, attention
 
 MIB = 2**20
@@ -49,7 +51,7 @@ def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64, gpu:
 
 def tpu_temporaries(chip: str, length: int, impl: str = "tpu_flash", heads: int = 8, head_dim: int = 128) -> int:
     """Bytes of temporaries of one forward and backward pass, compiled for a TPU; impl: "tpu_flash" or "splash"."""
-    run = _splash(length, heads) if impl == "splash" else None
+    run = _splash(length, heads, head_dim) if impl == "splash" else None
     shape = jax.ShapeDtypeStruct((heads, length, head_dim) if run else (1, length, heads * head_dim), jnp.bfloat16)
 
     def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -63,17 +65,11 @@ def tpu_temporaries(chip: str, length: int, impl: str = "tpu_flash", heads: int 
     return tpu.compile_for(chip, step, *(shape,) * 4).memory_analysis().temp_size_in_bytes
 
 
-def _splash(length: int, heads: int) -> Callable[..., jax.Array]:
+def _splash(length: int, heads: int, head_dim: int) -> Callable[..., jax.Array]:
     """With separate kernels for the gradients of q and of k and v: the fused one keeps a part for each key block."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-
-    sizes = splash.BlockSizes(
-        block_q=512, block_kv=2048, block_kv_compute=512, block_q_dkv=512, block_kv_dkv=2048, block_kv_dkv_compute=512,
-        block_q_dq=512, block_kv_dq=2048,
-    )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.CausalMask((length, length)) for _ in range(heads)])
-    return splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    case, sizes = Case("causal", 1, length, length, heads, heads, head_dim, causal=True), Sizes(512, 2048, 512)
+    kernel = jax_kernel(case, sizes, sizes, fused=False)
+    return lambda q, k, v: kernel(q, k, v, None)
 
 
 def table(lengths: Sequence[int], measures: Mapping[str, Callable[[int], int]]) -> list[str]:

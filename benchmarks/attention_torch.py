@@ -13,14 +13,13 @@ from benchmarks.attention_cases import Arrays, Case
 
 
 class TorchAttention:
-    """scaled_dot_product_attention of one case: causal attention where that is all, else the mask as an array."""
+    """scaled_dot_product_attention of one case; mask: bool [1, 1, T, S], or None where the case is causal or plain."""
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, mask: np.ndarray | None) -> None:
         import torch
 
         self.torch, self.case = torch, case
-        plain = case.window is None and case.document is None and case.queries == case.keys
-        self.mask = None if plain else torch.from_numpy(case.allowed(*np.ogrid[: case.queries, : case.keys]))
+        self.mask = None if mask is None else torch.from_numpy(mask)
 
     def attend(self, q: Any, k: Any, v: Any) -> Any:
         attention = self.torch.nn.functional.scaled_dot_product_attention

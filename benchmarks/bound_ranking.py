@@ -20,8 +20,8 @@ import numpy as np
 
 from benchmarks import tpu, tpu_bound
 from benchmarks.attention_cases import Case
+from benchmarks.splash import Sizes, Splash
 from benchmarks.tpu_bound import Part
-from benchmarks.tpu_walks import Sizes, Splash
 
 CHIP = "v7x"
 RECORDS = "data/autotuning/tpu7x/pallas_mosaic_tpu_flash_attention.json"

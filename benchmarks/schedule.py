@@ -81,28 +81,25 @@ def _blocks(blocks: Any) -> tuple[str, int]:
 def _splash(chip: str, backward: bool) -> tuple[str, int]:
     import jax
     import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    newer = chip in ("v6e", "v7x")
-    q, k, step = ((1024, 1024, 1024) if newer else (512, 512, 512)) if backward else (1024, 2048, 1024)
-    if not (newer or backward):
-        q, k, step = 512, 2048, 512
-    sizes = splash.BlockSizes(
-        block_q=q, block_kv=k, block_kv_compute=step, block_q_dkv=q, block_kv_dkv=k, block_kv_dkv_compute=step,
-        use_fused_bwd_kernel=True,
-    )  # fmt: skip
-    mask = masks.MultiHeadMask([masks.CausalMask((LENGTH, LENGTH)) for _ in range(HEADS)])
-    kernel = splash.make_splash_mha(mask, block_sizes=sizes, head_shards=1, q_seq_shards=1)
+    from benchmarks.attention_cases import Case
+    from benchmarks.splash import Sizes, jax_kernel
+
+    if chip in ("v6e", "v7x"):
+        sizes = Sizes(1024, 1024, 1024) if backward else Sizes(1024, 2048, 1024)
+    else:
+        sizes = Sizes(512, 512, 512) if backward else Sizes(512, 2048, 512)
+    case = Case("causal", 1, LENGTH, LENGTH, HEADS, HEADS, HEAD_DIM, causal=True)
+    kernel = jax_kernel(case, sizes, sizes if backward else None)
     shape = jax.ShapeDtypeStruct((HEADS, LENGTH, HEAD_DIM), jnp.bfloat16)
 
     def run(q: Any, k: Any, v: Any) -> Any:
         if not backward:
-            return kernel(q, k, v)
-        return jax.vjp(kernel, q, k, v)[1](q)
+            return kernel(q, k, v, None)
+        return jax.vjp(lambda q, k, v: kernel(q, k, v, None), q, k, v)[1](q)
 
     tpu.compile_for(chip, run, shape, shape, shape)
-    return f"{q} x {k} / {step}", q * k
+    return str(sizes), sizes.area
 
 
 KERNELS: dict[tuple[str, str], tuple[Callable[[str], tuple[str, int]], str]] = {

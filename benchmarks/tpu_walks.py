@@ -1,11 +1,7 @@
-"""How attention kernels walk their grids: for `tpu_bound`, the steps of `tpu_flash` and of the splash kernels.
-
-Splash attention is that of tokamax (grids over the blocks a static mask leaves, forward) and of JAX. What a step runs
-is named as the regions stand in the compiled program.
-"""
+"""How `tpu_flash` walks its grids: for `tpu_bound`, the steps of its kernels, by the names of a step's regions."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -38,14 +34,14 @@ def row_bytes(case: Case, itemsize: int) -> int:
 
 
 class Flash:
-    """Walks of `tpu_flash`; spec: the kernel's static numbers for this call."""
+    """Walks of `tpu_flash`; spec: the kernel's static numbers for this call; d_q_size: bytes of its gradient of a q."""
 
     FORWARD = ("start", "whole", "masked", "strips", "finish")
     BACKWARD = ("clear", "start", "whole", "strips", "finish", "write")
 
-    def __init__(self, case: Case, spec: Any) -> None:
+    def __init__(self, case: Case, spec: Any, d_q_size: int) -> None:
         self.heads, self.group = case.batch * case.heads, case.heads // case.kv_heads
-        self.row = row_bytes(case, spec.dtype.itemsize)
+        self.row, self.d_q_row = row_bytes(case, spec.dtype.itemsize), row_bytes(case, d_q_size)
         self.spec, self.blocks, self.code = spec, spec.blocks, spec.code
 
     def part(self, direction: str, mask: Any) -> Part:
@@ -97,7 +93,7 @@ class Flash:
         keys = self.code.keys * k
         queries = [Operand(q * row)] * 3 + [Operand(2 * q * F32)]
         sides = [Operand(4 * q * F32), Operand(4 * k * F32)]
-        results = [Operand(q * row, written=True), *[Operand(keys * row, written=True)] * 2]
+        results = [Operand(q * self.d_q_row, written=True), *[Operand(keys * row, written=True)] * 2]
         return [*queries, Operand(k * row), Operand(k * row), *sides, *results], self._backward(mask)
 
     def _backward(self, mask: Any) -> Iterator[Step]:
@@ -118,7 +114,7 @@ class Flash:
 def flash_parts(case: Case, dtype: str, chip: str, mode: str, blocks: Blocks | None = None) -> list[Part]:
     """Of a call of `tpu_flash`, at the block sizes that it chooses if none are given.
 
-    ValueError: its keys are taken in parts, which a walk does not know.
+    Where a backward pass takes its keys in parts, each is a Part, of which gradients of q are float32.
     """
     row = replace(case, batch=1)  # All have the same mask.
     mask, parts = resolve(row.mask(), 1, case.queries, case.keys), []
@@ -127,154 +123,14 @@ def flash_parts(case: Case, dtype: str, chip: str, mode: str, blocks: Blocks | N
         problem = build(q, k, v, row.mask())
         for direction in PASSES[mode]:
             sizes = blocks or tpu_blocks.find(direction, problem)
-            walk = Flash(case, tpu_layout.Call.of(problem, sizes).spec)
-            parts.append(walk.part(direction, mask))
-            if direction == "backward" and tpu_flash.keys_of_part(problem, sizes) < case.keys:
-                raise ValueError("its keys are taken in parts")
+            backward = direction == "backward"
+            cut = tpu_flash.key_parts(problem, sizes) if backward else [slice(0, case.keys)]
+            for part in cut:
+                of_part = problem.replace(k=k[:, part], v=v[:, part], mask=tpu_flash.mask_of_part(problem.mask, part))
+                spec = tpu_layout.Call.of(of_part, sizes).spec
+                walk = Flash(case, spec, F32 if len(cut) > 1 else spec.dtype.itemsize)
+                parts.append(walk.part(direction, tpu_flash.mask_of_part(mask, part)))
 
     with tpu.meant(chip):
         jax.eval_shape(lay_out, *shapes(row, dtype)[:3])
     return parts
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """queries x keys of a block, keys of a tile; steps: `dq_reduction_steps` of tokamax's backward pass."""
-
-    queries: int
-    keys: int
-    tile: int
-    steps: int | None = None
-
-    def __str__(self) -> str:
-        return f"{self.queries} x {self.keys} / {self.tile}{', 3 parts' if self.steps else ''}"
-
-    @property
-    def area(self) -> int:
-        return self.queries * self.keys
-
-
-class Splash:
-    """Walks of tokamax's splash attention over what a causal mask, with a window, leaves."""
-
-    FORWARD = ("init", "whole", "partial", "end")
-
-    def __init__(self, case: Case, sizes: Sizes) -> None:
-        self.heads, self.group = case.batch * case.heads, case.heads // case.kv_heads
-        self.row, self.window, self.segments = row_bytes(case, BF16), case.window, case.document is not None
-        self.counts, self.sizes = (case.queries // sizes.queries, case.keys // sizes.keys), sizes
-
-    @property
-    def backward_regions(self) -> tuple[str, ...]:
-        """Two blocks of queries or fewer are written in every step, as the kernel has it."""
-        always = self.sizes.steps is None and self.counts[0] <= 2
-        return ("init", "whole", "partial") + (() if always else ("write",))
-
-    @property
-    def wide(self) -> bool:
-        """Whether the parts of the gradient of q are in float32."""
-        return self.sizes.steps is None and self.counts[1] > 4
-
-    def _kind(self, i: int, j: int) -> str | None:
-        """Of a block of queries and one of keys: "whole", "partial", or None where the static mask empties it."""
-        q, k, window = self.sizes.queries, self.sizes.keys, self.window
-        first_q, last_q, first_k, last_k = i * q, i * q + q - 1, j * k, j * k + k - 1
-        if first_k > last_q or (window and last_k <= first_q - window):
-            return None
-        inside = last_k <= first_q and not (window and first_k <= last_q - window)
-        return "whole" if inside else "partial"
-
-    def forward(self, residuals: bool) -> tuple[list[Operand], Iterator[Step]]:
-        q, k, row, segments = self.sizes.queries, self.sizes.keys, self.row, self.segments
-        inputs = [Operand(q * row), Operand(k * row), Operand(k * row), Operand(q * LANES * F32)]
-        if segments:
-            inputs += [Operand(q * LANES * F32), Operand(SUBLANES * k * F32)]
-        results = [Operand(q * row, written=True)] + [Operand(q * LANES * F32, written=True)] * residuals
-        return inputs + results, self._forward(segments, residuals)
-
-    def _forward(self, segments: bool, residuals: bool) -> Iterator[Step]:
-        queries, keys = self.counts
-        for n in range(self.heads):
-            for i in range(queries):
-                active = [(j, kind) for j in range(keys) if (kind := self._kind(i, j))]
-                for at, (j, kind) in enumerate(active):
-                    runs = {kind: None} | ({"init": None} if at == 0 else {})
-                    runs |= {"end": None} if at == len(active) - 1 else {}
-                    kv = n // self.group, j
-                    yield Step(runs, ((n, i), kv, kv, i, *((i, j) if segments else ()), *[(n, i)] * (1 + residuals)))
-
-    def backward(self) -> tuple[list[Operand], Iterator[Step]]:
-        q, k, row, segments = self.sizes.queries, self.sizes.keys, self.row, self.segments
-        per_row = Operand(SUBLANES * q * F32)
-        inputs = [*[Operand(q * row)] * 2, *[per_row] * 3, Operand(k * row), Operand(k * row)]
-        if segments:
-            inputs += [per_row, Operand(k * LANES * F32)]
-        part = Operand(q * row * (2 if self.wide else 1), written=True)
-        before = [] if self.sizes.steps is None else [Operand(q * row)]
-        return [*inputs, *before, part, *[Operand(k * row, written=True)] * 2], self._backward(segments)
-
-    def _backward(self, segments: bool) -> Iterator[Step]:
-        for n, i, j, kind, first, last in self._order():
-            runs = {kind: None} if kind else {}
-            runs |= ({"init": None} if first else {}) | ({"write": None} if last else {})
-            kv, query = (n // self.group, j), (n, i)
-            part = (n, i, j) if self.sizes.steps is None else (n, i, j % 3)
-            parts = [part] * (1 if self.sizes.steps is None else 2)
-            yield Step(runs, (*[query] * 4, i, kv, kv, *((i, j) if segments else ()), *parts, kv, kv))
-
-    def _order(self) -> Iterator[tuple[int, int, int, str | None, bool, bool]]:
-        """(head, block of queries, of keys, kind, whether sums start and end here)."""
-        queries, keys = self.counts
-        if self.sizes.steps is None:
-            for j in range(keys):
-                for n in range(self.heads):
-                    for i in range(queries):
-                        first = n % self.group == 0 and i == 0
-                        last = queries > 2 and n % self.group == self.group - 1 and i == queries - 1
-                        yield n, i, j, self._kind(i, j), first, last
-            return
-        for n in range(self.heads):
-            for j in range(keys):
-                active = [(i, kind) for i in range(queries) if (kind := self._kind(i, j))]
-                for at, (i, kind) in enumerate(active):
-                    yield n, i, j, kind, at == 0, at == len(active) - 1
-
-
-class JaxSplash(Splash):
-    """Of JAX's: one body for whole and partial blocks, and steps without one, in which the next block is fetched."""
-
-    FORWARD = ("init", "run", "end")
-    wide = False
-
-    @property
-    def backward_regions(self) -> tuple[str, ...]:
-        return ("init", "run", "end")
-
-    def _forward(self, segments: bool, residuals: bool) -> Iterator[Step]:
-        """The grid is as wide as the row of blocks that has the most."""
-        queries, keys = self.counts
-        rows = [[j for j in range(keys) if self._kind(i, j)] for i in range(queries)]
-        width = max(map(len, rows))
-        for n in range(self.heads):
-            for i, row in enumerate(rows):
-                for at in range(width):
-                    j = row[at] if at < len(row) else 0
-                    runs = ({"init": None} if at == 0 else {}) | ({"run": None} if at < len(row) else {})
-                    runs |= {"end": None} if at == width - 1 else {}
-                    kv = n // self.group, j
-                    yield Step(runs, ((n, i), kv, kv, i, *((i, j) if segments else ()), *[(n, i)] * (1 + residuals)))
-
-    def _backward(self, segments: bool) -> Iterator[Step]:
-        """Each block of keys meets all of queries: where the kernel is fused, the grid is not cut."""
-        queries, keys = self.counts
-        columns = [[i for i in range(queries) if self._kind(i, j)] for j in range(keys)]
-        for j, column in enumerate(columns):
-            after = columns[(j + 1) % keys][0]
-            for n in range(self.heads):
-                member = n % self.group
-                for i in range(queries):
-                    ahead = next((x for x in column if x >= i), after)
-                    runs = ({"init": None} if i == 0 and member == 0 else {}) | ({"run": None} if i in column else {})
-                    runs |= {"end": None} if i == queries - 1 and member == self.group - 1 else {}
-                    kv, query, sides = (n // self.group, j), (n, ahead), (ahead, j) if segments else ()
-                    yield Step(runs, (*[query] * 4, ahead, kv, kv, *sides, (n, i, j), kv, kv))

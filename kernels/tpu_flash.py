@@ -18,7 +18,7 @@ from zoo.kernels import chunked, tpu_backward, tpu_bias, tpu_blocks, tpu_forward
 from zoo.kernels.bias import Bias, Given
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
-from zoo.kernels.mask import Where
+from zoo.kernels.mask import ResolvedMask, Where
 from zoo.kernels.memory import platform
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_bias import LOG2_E, Diagonals
@@ -93,7 +93,7 @@ def temporaries(problem: Problem) -> int:
     widths = [-(-width // lanes) * lanes * p.q.dtype.itemsize for width in (shape.head_dim, p.v.shape[-1])]
     queries = shape.batch * shape.heads * -(-shape.queries // blocks.queries) * blocks.queries
     keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
-    parts = -(-shape.keys // keys_of_part(p, blocks))
+    parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
     return 2 * (queries + keys) * sum(widths) + partial_sums
 
@@ -207,18 +207,15 @@ def _forward(call: Call, interpret: bool) -> Output:
 
 def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output, interpret: bool) -> Learned:
     """Keys in as many parts as the sums of their gradients need to fit VMEM; the parts' gradients of q are added."""
-    p, keys = problem, problem.shape.keys
+    p = problem
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse) * LOG2_E
-    count = -(-keys // keys_of_part(p, blocks))
-    size = -(-keys // (count * blocks.keys)) * blocks.keys
+    cut = key_parts(p, blocks)
     apart = None if p.bias is None else tpu_bias.apart(p.mask)
     parts = []
-    for start in range(0, keys, size):
-        part = slice(start, start + size)
-        mask = dataclasses.replace(p.mask, key=p.mask.key.part(start, min(size, keys - start)))
-        of_part = p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask)
-        call = Call.of(of_part, blocks, None if apart is None else apart + start)
-        dtype = p.q.dtype if count == 1 else jnp.float32
+    for part in cut:
+        of_part = p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask_of_part(p.mask, part))
+        call = Call.of(of_part, blocks, None if apart is None else apart + part.start)
+        dtype = p.q.dtype if len(cut) == 1 else jnp.float32
         parts.append(_backward_part(call, output.out, lse, gradient, dtype, interpret))
     d_q, d_k, d_v, d_bias = (list(x) for x in zip(*parts, strict=True))
     return Learned(
@@ -236,6 +233,18 @@ def _of_tables(bias: Given, parts: Sequence[Any]) -> Given:
     return Bias(
         bias.function, jax.tree.map(lambda x, *d: functools.reduce(jnp.add, d).astype(x.dtype), bias.tables, *parts)
     )
+
+
+def key_parts(problem: Problem, blocks: Blocks) -> list[slice]:
+    """The parts that a backward pass takes the keys in, as even as whole blocks allow."""
+    keys = problem.shape.keys
+    count = -(-keys // keys_of_part(problem, blocks))
+    size = -(-keys // (count * blocks.keys)) * blocks.keys
+    return [slice(start, min(start + size, keys)) for start in range(0, keys, size)]
+
+
+def mask_of_part(mask: ResolvedMask, part: slice) -> ResolvedMask:
+    return dataclasses.replace(mask, key=mask.key.part(part.start, part.stop - part.start))
 
 
 def keys_of_part(problem: Problem, blocks: Blocks) -> int:

@@ -4,9 +4,9 @@ import pytest
 
 from benchmarks import tpu, tpu_bound
 from benchmarks.attention_cases import Case
+from benchmarks.splash import JaxSplash, Sizes, Splash
 from benchmarks.tpu import Program, Region
 from benchmarks.tpu_bound import Core, Operand, Step
-from benchmarks.tpu_walks import JaxSplash, Sizes, Splash
 
 HEAD = "MATMUL, VSTORE:SPILL\n2 1\n"
 
