@@ -27,7 +27,7 @@ from rich.progress import track
 from benchmarks import attention_history as history
 from benchmarks.attention_cases import Arrays, Case, Refused, cases, draw, error, reason
 from benchmarks.attention_torch import TorchAttention
-from benchmarks.measure import interleaved, product_peak, setting
+from benchmarks.measure import interleaved, memory, product_peak, setting
 from benchmarks.splash import Sizes, jax_kernel
 from zoo.kernels import attention
 from zoo.kernels.memory import platform
@@ -157,13 +157,10 @@ def compiled(attend: Attend | TorchAttention, mode: str, arrays: Arrays) -> Prog
     start = time.perf_counter()
     program = jax.jit(function).lower(*arguments).compile()
     seconds = time.perf_counter() - start
-    memory = program.memory_analysis()
-    temporaries = None if memory is None else memory.temp_size_in_bytes
-    sizes = () if memory is None else (memory.argument_size_in_bytes, memory.output_size_in_bytes, temporaries)
-    return Program(program, arguments, seconds, temporaries, sum(sizes) if sizes else None, program)
+    return Program(program, arguments, seconds, *memory(program), program)
 
 
-def key(case: Case, mode: str, dtype: str, implementation: str) -> dict[str, Any]:
+def label(case: Case, mode: str, dtype: str, implementation: str) -> dict[str, Any]:
     """What says which row one is."""
     row = {"case": case.name, "family": case.family, "length": case.keys, "mode": mode, "dtype": dtype}
     return row | {"implementation": implementation}
@@ -186,7 +183,7 @@ def run_case(
     rows: dict[str, dict[str, Any]] = {}
     programs: dict[str, Program] = {}
     for name, build in implementations.items():
-        rows[name] = key(case, mode, dtype, name)
+        rows[name] = label(case, mode, dtype, name)
         try:
             programs[name] = program = compiled(build(case), mode, arrays)
             wrong = error(case, arrays, program.answer) if mode == "both" else None
@@ -285,6 +282,7 @@ def main() -> None:
     else:
         names = options.implementations or DEFAULT.get(jax.default_backend(), DEFAULT["cpu"])
         found = list(measured(todo, names, options.repeats or 5))
+    history.add_growth(found)
     history.append(options.out, found)
     history.show(found)
     print(f"\nwritten to {options.out}: {', '.join(history.write_report(options.out, found))}")

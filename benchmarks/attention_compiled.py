@@ -17,10 +17,10 @@ from typing import Any
 import jax
 
 from benchmarks import cuda, tpu, tpu_bound
-from benchmarks.attention import implementation, key, stage
+from benchmarks.attention import implementation, label, stage
 from benchmarks.attention_cases import Case, Refused, reason, shapes
 from benchmarks.attention_torch import TorchAttention
-from benchmarks.measure import origin
+from benchmarks.measure import memory, origin
 from benchmarks.schedule import UNIT
 from benchmarks.tpu import Program
 from benchmarks.tpu_walks import flash_parts
@@ -60,7 +60,7 @@ def rows(cases: Sequence[tuple[Case, str, str]], implementations: Sequence[str],
     where = {"target": chip} | origin()
     todo = [(*case, name, chip) for case in cases for name in implementations]
     for (case, dtype, mode, name, _), found in tpu.in_processes(compile_case, todo, share=1).items():
-        yield where | key(case, mode, dtype, name) | found
+        yield where | label(case, mode, dtype, name) | found
 
 
 def compile_case(case: Case, dtype: str, mode: str, name: str, chip: str) -> dict[str, Any]:
@@ -83,10 +83,9 @@ def _figures(case: Case, dtype: str, mode: str, name: str, chip: str, folder: Pa
     start = time.perf_counter()
     compiled = (tpu if platform(chip) == "tpu" else cuda).compile_for(chip, function, *arguments)
     seconds = time.perf_counter() - start
-    found = compiled.memory_analysis()
-    memory = found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes
-    row = {"compile_seconds": seconds, "temporaries": found.temp_size_in_bytes, "memory": memory}
-    row["of_memory"] = memory / device_memory(chip)
+    temporaries, whole = memory(compiled)
+    row: dict[str, Any] = {"compile_seconds": seconds, "temporaries": temporaries, "memory": whole}
+    row["of_memory"] = None if whole is None else whole / device_memory(chip)
     programs = tpu.programs(folder, "flash_") if name in ("auto", "tpu_flash") else []
     if programs:
         row |= _of_flash(case, dtype, mode, chip, programs, compiled.as_text())

@@ -24,7 +24,7 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import tpu, tpu_bound
-from benchmarks.attention_cases import Case, draw, shapes
+from benchmarks.attention_cases import Case, draw, reason, shapes
 from benchmarks.attention_compiled import target
 from benchmarks.measure import interleaved
 from benchmarks.tpu_walks import flash_parts
@@ -90,25 +90,30 @@ def call(setting: Setting, blocks: Blocks | None, interpret: bool = False) -> Ca
     return forward if setting.direction == "forward" else backward
 
 
-def measured(setting: Setting, tried: list[Blocks], repeats: int, interpret: bool = False) -> dict[Blocks, float]:
-    """Seconds, medians of turns; what does not compile is left out."""
+Found = dict[Blocks, float | str]
+"""Seconds of a pass at each of the blocks, or why there are none."""
+
+
+def measured(setting: Setting, tried: list[Blocks], repeats: int, interpret: bool = False) -> Found:
+    """By the clock, medians of turns."""
     q, k, v, gradient = draw(setting.case, setting.dtype)
     arguments: tuple = (q, k, v)
     if setting.direction == "backward":
         out, lse = jax.jit(call(setting._replace(direction="forward"), None, interpret))(q, k, v)
         arguments = (q, k, v, out, lse, gradient)
-    runs = {}
+    runs, refused = {}, {}
     for blocks in tried:
         try:
             program = jax.jit(call(setting, blocks, interpret)).lower(*arguments).compile()
-        except Exception:  # Whatever a compiler raises says that it does not.
+        except Exception as problem:  # Whatever a compiler raises is its answer.
+            refused[blocks] = reason(problem)
             continue
         runs[blocks] = lambda program=program: program(*arguments)
-    return {blocks: times.wall for blocks, times in interleaved(runs, repeats).items()}
+    return refused | {blocks: times.wall for blocks, times in interleaved(runs, repeats).items()}
 
 
-def bound(setting: Setting, blocks: Blocks, chip: str) -> float | None:
-    """Seconds, or None where it does not compile or its walk is not known; in a process new to TPUs."""
+def bound(setting: Setting, blocks: Blocks, chip: str) -> float | str:
+    """Modelled seconds, or why there are none; in a process new to TPUs."""
     q, k, v, gradient = shapes(setting.case, setting.dtype)
     lse = jax.ShapeDtypeStruct((setting.case.batch, HEADS, setting.length), jnp.float32)
     arguments = (q, k, v) if setting.direction == "forward" else (q, k, v, q, lse, gradient)
@@ -118,12 +123,13 @@ def bound(setting: Setting, blocks: Blocks, chip: str) -> float | None:
             parts = flash_parts(setting.case, setting.dtype, chip, setting.direction, blocks)
             compiled = tpu.compile_for(chip, call(setting, blocks), *arguments)
             return tpu_bound.bound(parts, tpu.programs(Path(folder)), compiled.as_text(), chip).kernels
-        except Exception:  # Whatever a compiler raises says that it does not.
-            return None
+        except Exception as problem:  # Whatever a compiler raises is its answer.
+            return reason(problem)
 
 
-def best_of(seconds: Mapping[Blocks, float], now: Blocks) -> Blocks | None:
-    """None where nothing compiles."""
+def best_of(found: Found, now: Blocks) -> Blocks | None:
+    """None where there are no seconds at all."""
+    seconds = {blocks: x for blocks, x in found.items() if not isinstance(x, str)}
     if not seconds:
         return None
     best = min(seconds, key=lambda blocks: seconds[blocks])
@@ -141,8 +147,8 @@ def entries(best: Mapping[Setting, Blocks], chip: str) -> list[Entry]:
     return found
 
 
-def results(settings: list[Setting], chip: str, compile_for: bool, repeats: int) -> Iterator[dict[Blocks, float]]:
-    """Seconds of every candidate, for each setting."""
+def results(settings: list[Setting], chip: str, compile_for: bool, repeats: int) -> Iterator[Found]:
+    """Of every candidate, for each setting."""
     tried = {one: list(dict.fromkeys([present(one, chip), *candidates(one.direction, one.length)])) for one in settings}
     if not compile_for:
         for setting in track(settings, description="measuring"):
@@ -151,8 +157,7 @@ def results(settings: list[Setting], chip: str, compile_for: bool, repeats: int)
     todo = [(setting, blocks, chip) for setting in settings for blocks in tried[setting]]
     found = tpu.in_processes(bound, todo, share=1)
     for setting in settings:
-        seconds = {blocks: found[setting, blocks, chip] for blocks in tried[setting]}
-        yield {blocks: x for blocks, x in seconds.items() if x is not None}
+        yield {blocks: found[setting, blocks, chip] for blocks in tried[setting]}
 
 
 def main() -> None:
@@ -184,11 +189,11 @@ def main() -> None:
     for setting, seconds in zip(settings, measures, strict=True):
         now = present(setting, chip)
         found = best_of(seconds, now)
-        cells = [*map(str, setting), "none compiles, or none's walk is known", "", shown(now), "", ""]
+        cells = [*map(str, setting), f"none: {seconds[now]}", "", shown(now), "", ""]
         if found is not None:
-            best[setting], before = found, seconds.get(now, np.nan)
-            cells[4:] = shown(found), f"{1e6 * seconds[found]:.0f}", shown(now), f"{1e6 * before:.0f}"
-            cells.append(f"{seconds[found] / before:.2f}")
+            best[setting] = found
+            least, before = (np.nan if isinstance(x, str) else x for x in (seconds[found], seconds[now]))
+            cells[4:] = shown(found), f"{1e6 * least:.0f}", shown(now), f"{1e6 * before:.0f}", f"{least / before:.2f}"
         print(f"| {' | '.join(cells)} |")
     if not best:
         sys.exit("nothing is written: the blocks of now stay")

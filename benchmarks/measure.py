@@ -40,6 +40,15 @@ def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str
     return {name: Times(statistics.median(wall[name]), statistics.median(cpu[name])) for name in runs}
 
 
+def memory(program: Any) -> tuple[int | None, int | None]:
+    """Bytes of a compiled program: of its temporaries, and with arguments and results; None where it does not say."""
+    found = program.memory_analysis()
+    if found is None:
+        return None, None
+    temporaries = found.temp_size_in_bytes
+    return temporaries, found.argument_size_in_bytes + found.output_size_in_bytes + temporaries
+
+
 def product_peak(dtype: str, size: int = 2048, repeats: int = 5) -> float:
     """FLOP/s of a plain product of two [size, size] matrices, summed in float32."""
     x = jnp.ones((size, size), dtype)

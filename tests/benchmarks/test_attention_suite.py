@@ -133,6 +133,14 @@ def test_deterministic_figures_alone_are_gated(capsys: pytest.CaptureFixture[str
     assert "bundles 900 -> 950" in history.compare([compiled], [compiled | {"bundles": 950.0}])[0]
 
 
+def test_growth_against_the_next_shorter_length() -> None:
+    line = {"mode": "both", "dtype": "float32", "implementation": "x", "family": "long"}
+    rows = [line | {"length": n, "temporaries": m} for n, m in ((4, 300), (1, 10), (2, 20))]
+    rows += [line | {"length": 8, "refused": "why"}, line | {"length": 9, "temporaries": 9, "implementation": "y"}]
+    history.add_growth(rows)
+    assert [round(row.get("growth", 0), 2) for row in rows] == [3.91, 0, 1.0, 0, 0]
+
+
 def test_columns_are_those_that_rows_have() -> None:
     key = {"case": "long/9", "family": "long", "length": 9, "mode": "both", "dtype": "float32", "implementation": "x"}
     run, compiled = key | {"wall": 2.0, "error": None}, key | {"target": "v5e", "bound": 3e-6, "temporaries": 2**20}
@@ -170,17 +178,8 @@ def test_an_implementation_of_ones_own_refuses(tmp_path: Path) -> None:
         "def build(case):\n    raise Refused('not today')\n"
         "def broken(case):\n    return lambda q, k, v: q @ v\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "benchmarks.attention",
-        "--cases",
-        "unet",
-        "--longest",
-        "256",
-        "--modes",
-        "forward",
-    ]
+    command = [sys.executable, "-m", "benchmarks.attention", "--cases", "unet", "--longest", "256"]
+    command += ["--modes", "forward"]
     command += ["--dtypes", "float32", "--out", str(tmp_path / "out"), "--implementations", "mine:build", "mine:broken"]
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": f"{root}{os.pathsep}{tmp_path}"}

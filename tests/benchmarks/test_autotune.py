@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,13 @@ def test_the_blocks_of_now_stay_where_little_is_won() -> None:
     assert autotune.best_of({SMALL: 1.0, other: 0.98}, SMALL) == SMALL
     assert autotune.best_of({SMALL: 1.0, other: 0.9}, SMALL) == other
     assert autotune.best_of({other: 2.0}, SMALL) == other
-    assert autotune.best_of({}, SMALL) is None
+    assert autotune.best_of({SMALL: "too large", other: 2.0}, SMALL) == other
+    assert autotune.best_of({SMALL: "too large"}, SMALL) is None
+
+
+class Refusals(dict):
+    def __missing__(self, key: Any) -> str:
+        return "too large"
 
 
 def test_nothing_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -40,10 +47,10 @@ def test_nothing_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     arguments = ["--compile-for", "v5e", "--lengths", "512", "--head-dims", "64", "--out", str(path)]
     monkeypatch.setattr(sys, "argv", ["autotune", *arguments])
     monkeypatch.setattr(autotune, "_chip", lambda parser, name: "v5e")
-    monkeypatch.setattr(autotune, "results", lambda settings, *_: ({} for _ in settings))
+    monkeypatch.setattr(autotune, "results", lambda settings, *_: (Refusals() for _ in settings))
     with pytest.raises(SystemExit, match="nothing is written"):
         autotune.main()
-    assert capsys.readouterr().out.count("none compiles") == 2 and not path.exists()
+    assert capsys.readouterr().out.count("none: too large") == 2 and not path.exists()
 
 
 @pytest.mark.parametrize("direction", autotune.DIRECTIONS)

@@ -35,6 +35,7 @@ def arrays() -> list[jax.Array]:
     return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("impl", ["xla", "chunked"])
 @pytest.mark.parametrize(("function", "tables"), [(t5, (BUCKETS, N)), (alibi, (N,))], ids=["T5 buckets", "ALiBi"])
 def test_function_equals_array(function, tables, impl: str) -> None:
@@ -64,6 +65,7 @@ def test_function_sees_positions() -> None:
     np.testing.assert_allclose(both, jnp.concatenate([alone, alone], axis=1), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.numbers
 def test_long_sequences_hold_no_square_of_bias() -> None:
     length = 8192
     shape = jax.ShapeDtypeStruct((1, length, 1, 16), jnp.float32)

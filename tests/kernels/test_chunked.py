@@ -76,6 +76,7 @@ def compare(call):
         np.testing.assert_allclose(result, expected, rtol=0, atol=bound)
 
 
+@pytest.mark.numbers
 @settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(calls())
 def test_equals_xla(call):

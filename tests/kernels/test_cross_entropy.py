@@ -70,6 +70,7 @@ def regularised(*arrays: Any, **options: Any) -> Any:
     return linear_cross_entropy(*arrays, label_smoothing=0.1, z_loss=0.01, vocabulary=REAL, **options)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("chunk", [None, 1, 4, 5, 100])
 @pytest.mark.parametrize(("smoothing", "z_loss"), SETTINGS)
 def test_it_equals_numpy(smoothing: float, z_loss: float, chunk: int | None) -> None:

@@ -39,6 +39,7 @@ def with_gradients(attend, q, k, v):
     return out, *pull(jnp.cos(out))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("mask", "keys", "options"),
     [

@@ -98,6 +98,7 @@ def equals_whole(case: str, impl: str, partition: P | None, mesh: jax.sharding.M
         agree(graded(partial(attend, case, impl, partition), arguments(), held_of(case)), expected)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", CASES)
 def test_ring_over_eight_devices(case: str) -> None:
     equals_whole(case, "ring", LENGTH, mesh_of(x=8))
@@ -126,6 +127,7 @@ def test_a_length_over_two_axes_and_an_odd_number_of_devices() -> None:
             agree(jax.jit(partial(attend, "causal", impl, spec))(arguments(), {}), expected)
 
 
+@pytest.mark.numbers
 def test_parts_of_odd_length_and_blocks_within_parts() -> None:
     for length, size in ((40, 8), (1200, 4)):
         q, k, v = (jax.random.normal(jax.random.key(i), (1, length, 2, 8)) for i in range(3))
@@ -135,6 +137,7 @@ def test_parts_of_odd_length_and_blocks_within_parts() -> None:
         agree(result, expected)
 
 
+@pytest.mark.numbers
 def test_bfloat16_parts_are_summed_in_float32() -> None:
     given = {name: x.astype(jnp.bfloat16) for name, x in arguments().items()}
     with jax.set_mesh(mesh_of(x=8)):

@@ -42,6 +42,7 @@ def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) 
     return slopes[head] * (key - query)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("impl", ["xla", "chunked"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize(
@@ -66,6 +67,7 @@ def test_one_device(impl: str, dtype: str, shape: Shape, options: dict[str, Any]
     assert 1 / FACTOR < ratio < FACTOR
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("impl", ["chunked", "ring", "ulysses"])
 def test_a_length_over_devices(impl: str) -> None:
     """`chunked` gathers keys and values."""

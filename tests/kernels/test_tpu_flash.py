@@ -135,6 +135,7 @@ def covering_sets() -> list[tuple[str, ...]]:
     return sets
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("feature", "turned"), list(zip(FEATURES, cycle([False, True]), strict=False)))
 def test_feature(feature: str, turned: bool) -> None:
     compare(flash(turned), (feature,))
@@ -144,6 +145,7 @@ SETS = covering_sets()
 """The first have most pairs."""
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     "features", [*SETS[:2], *(pytest.param(x, marks=pytest.mark.large) for x in SETS[2:])], ids="+".join
 )
@@ -165,6 +167,7 @@ def test_scores_that_outgrow_the_reference(rise: float) -> None:
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("turned", "queries_first"), [(False, 0), (True, 128)])
 @pytest.mark.parametrize("rise", [-200.0, 40.0, 200.0])
 def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int) -> None:
@@ -183,6 +186,7 @@ def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int)
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6, atol=1e-5)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("mask", "queries", "first"),
     [
@@ -204,6 +208,7 @@ def test_a_query_that_may_not_see_itself(mask: Mask, queries: int, first: int) -
     assert not tpu_layout.Call.of(problem, FORWARD).spec.sees_itself
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("features", "turned"),
     [
@@ -234,6 +239,7 @@ def test_through_dispatch() -> None:
     np.testing.assert_allclose(result, expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.numbers
 def test_keys_in_parts() -> None:
     """The backward pass cuts keys into parts whose sums fit VMEM; a bias is laid out for each visit alone."""
     problem = build(*arrays(("causal",))[:3], Mask(causal=True))
@@ -243,6 +249,7 @@ def test_keys_in_parts() -> None:
         compare(flash(False), ("causal", "dropout", "segments", "t5"))
 
 
+@pytest.mark.numbers
 def test_bias_under_dispatch() -> None:
     """Sinks, grouped heads, packed documents that number their positions anew, a caller's vmap."""
     q, k, v, *_ = arrays(("causal",))
@@ -264,6 +271,7 @@ def test_bias_under_dispatch() -> None:
         np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
 
+@pytest.mark.numbers
 def test_bias_of_a_part_of_the_heads_and_queries() -> None:
     """As shard_map cuts them: heads and positions are those of the whole."""
     q, k, v, *_ = arrays(("causal",))
@@ -273,12 +281,20 @@ def test_bias_of_a_part_of_the_heads_and_queries() -> None:
     np.testing.assert_allclose(engine.attend(flash(True), part).output, whole[:, 128:, 2:], rtol=0, atol=2e-5)
 
 
-def test_bfloat16() -> None:
-    q, k, v = (x.astype(jnp.bfloat16) for x in arrays(("causal",))[:3])
-    expected = reference.attend(build(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(causal=True)))
-    result = engine.attend(flash(False), build(q, k, v, Mask(causal=True)))
-    assert result.output.dtype == jnp.bfloat16
-    np.testing.assert_allclose(result.output.astype(jnp.float32), expected.output, atol=2e-2)
+@pytest.mark.parametrize("turned", [False, True])
+def test_bfloat16(turned: bool) -> None:
+    """Values and gradients are within bfloat16 of the plain equation in float32."""
+    *halves, d_out = (x.astype(jnp.bfloat16) for x in arrays(("causal",))[:4])
+
+    def both(attend, *learned: jax.Array) -> tuple:
+        output, pull = jax.vjp(lambda q, k, v: attend(build(q, k, v, Mask(causal=True))).output, *learned)
+        return output, *pull(d_out.astype(output.dtype))
+
+    expected = both(reference.attend, *(x.astype(jnp.float32) for x in halves))
+    result = both(partial(engine.attend, flash(turned)), *halves)
+    for a, b in zip(expected, result, strict=True):
+        assert b.dtype == jnp.bfloat16
+        np.testing.assert_allclose(b.astype(jnp.float32), a, rtol=0, atol=1e-2 * np.abs(a).max())
 
 
 def test_what_is_refused() -> None:
