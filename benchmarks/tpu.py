@@ -51,18 +51,24 @@ def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: in
 
     Each process starts without libtpu, so that `prepare` can be called in it.
     """
-    done = {}
+    done: dict[tuple, Any] = {}
     os.environ.update(QUIET)
     spawn = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=share)
+    # One task each: after more of them processes may end unreplaced (https://github.com/python/cpython/issues/115634).
+    pool = ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1)
     with pool, Progress(transient=True) as bar:
-        jobs = {case: pool.submit(function, *case) for case in cases}
-        for case, job in bar.track(jobs.items(), total=len(jobs), description="compiling"):
+        parts = [cases[i : i + share] for i in range(0, len(cases), share)]
+        jobs = [(part, pool.submit(_one_by_one, function, part)) for part in parts]
+        for part, job in bar.track(jobs, description="compiling"):
             try:
-                done[case] = job.result()
+                done |= zip(part, job.result(), strict=True)
             except BrokenProcessPool:
-                raise SystemExit(f"the compiler ended its process, at {case} or a case beside it") from None
+                raise SystemExit(f"the compiler ended its process, at {part[0]} or a case beside it") from None
     return done
+
+
+def _one_by_one(function: Callable[..., Any], cases: Sequence[tuple]) -> list[Any]:
+    return [function(*case) for case in cases]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from benchmarks import tpu
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FEATURES = ("none", "causal", "window", "prefix", "segments", "positions", "lengths", "where", "soft_cap", "bound",
-            "alibi", "t5", "dropout", "odd_lengths", "float32", "all")  # fmt: skip
+            "alibi", "t5", "absolute", "array", "dropout", "odd_lengths", "float32", "all")  # fmt: skip
 BATCH, LENGTH, HEADS, KV_HEADS = 2, 2048, 8, 2
 
 
@@ -48,6 +48,9 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
         far = 8 + (2 * jnp.log2(jnp.maximum(distance, 1) / 8)).astype(jnp.int32)
         return table[jnp.where(key > query, 16, 0) + jnp.where(distance < 8, distance, jnp.minimum(far, 15)), head]
 
+    def absolute(table: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+        return table[key % 32, head] * (query % 7)
+
     options: dict[str, Any] = {}
     if feature in ("soft_cap", "all"):
         options["soft_cap"] = 100.0
@@ -56,14 +59,18 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
     if feature in ("dropout", "all"):
         options |= {"dropout": 0.1, "dropout_key": jax.random.key(0)}
 
-    bias = Bias(alibi, jnp.ones(HEADS)) if feature == "alibi" else None
-    bias = Bias(t5, jnp.ones((32, HEADS))) if feature in ("t5", "all") else bias
+    biases: dict[str, Any] = {
+        "alibi": Bias(alibi, jnp.ones(HEADS)),
+        "absolute": Bias(absolute, jnp.ones((32, HEADS))),
+        "array": jnp.ones((1, HEADS, LENGTH, LENGTH), jnp.bfloat16),
+        **dict.fromkeys(("t5", "all"), Bias(t5, jnp.ones((32, HEADS)))),
+    }
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> Any:
-        def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Bias | None) -> jax.Array:
+        def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
             return attention(q, k, v, mask(rows), bias=bias, impl="tpu_flash", **options)
 
-        out, pull = jax.vjp(attend, q, k, v, bias)
+        out, pull = jax.vjp(attend, q, k, v, biases.get(feature))
         return out, pull(out)
 
     length = 1700 if feature == "odd_lengths" else LENGTH

@@ -1,8 +1,9 @@
 """What is added to the scores: an array, or a function of positions with learned tables, taken block by block.
 
 The array broadcasts to [B, N, T, S] and is quadratic in length where its last two dimensions are whole. `Bias` is not:
-kernels call its function on the positions of one block, forward and backward, and sum the gradients of its tables; the
-TPU kernels take it where it depends on the distance alone, which they call it on once (see tpu_bias).
+kernels call its function on the positions of one block, forward and backward, and sum the gradients of its tables; for
+the TPU kernels it is called on each distance, where it depends on that alone (tpu_bias), else on all pairs
+(tpu_pair_bias).
 """
 
 from collections.abc import Callable

@@ -33,16 +33,9 @@ SIDE_BY_SIDE = 4
 """Groups of rows that are laid out at a time: one alone would wait for its own rotations."""
 
 
-def refusal(problem: Problem) -> str | None:
-    """Why the kernels cannot take the call's bias, or None."""
-    bias = problem.bias
-    if bias is None:
-        return None
-    if not isinstance(bias, Bias):
-        return "its bias is an array: it takes a Bias, as a function of key - query"
-    if not depends_on_distance(bias, problem.heads):
-        return "its Bias function depends on more of the positions than key - query"
-    return None
+def by_distance(problem: Problem) -> bool:
+    """Whether the problem has a bias, and one of the distance."""
+    return isinstance(problem.bias, Bias) and depends_on_distance(problem.bias, problem.heads)
 
 
 def depends_on_distance(bias: Bias, heads: jax.Array) -> bool:
@@ -173,7 +166,7 @@ class ByDistance(NamedTuple):
         x = biases.block(Bias(self.bias.function, tables), self.heads, query, key, (0, 0))
         return jnp.broadcast_to(x, shape).astype(jnp.float32)
 
-    def rows(self) -> jax.Array:
+    def laid_out(self) -> jax.Array:
         """The bias in base 2, float32 [r, N, D / 128, 128]."""
         x = self._values(self.bias.tables) * LOG2_E
         return x.reshape(*x.shape[:2], -1, LANES)

@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from zoo.kernels import chunked, tpu_backward, tpu_bias, tpu_blocks, tpu_forward, tpu_layout, work_list
+from zoo.kernels import chunked, tpu_backward, tpu_bias, tpu_blocks, tpu_forward, tpu_layout, tpu_pair_bias, work_list
 from zoo.kernels.bias import Bias, Given
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
 from zoo.kernels.mask import ResolvedMask, Where
 from zoo.kernels.memory import platform
 from zoo.kernels.problem import Problem
-from zoo.kernels.tpu_bias import LOG2_E, Diagonals
+from zoo.kernels.tpu_bias import LOG2_E
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
+from zoo.kernels.tpu_pair_bias import ByPair
 from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Scalars
 
 
@@ -52,8 +53,8 @@ class TpuFlash(NamedTuple):
 
 
 def _where_distances_are_kept(kernels: Callable, chunked: Callable, problem: Problem, *rest: Output) -> Any:
-    """kernels(problem, *rest); with a bias at positions that the caller gave, `chunked` where they turn out unfit."""
-    if problem.bias is None or problem.mask.rules.consecutive:
+    """kernels(problem, *rest); `chunked` for a bias of the distance where the caller's positions do not keep that."""
+    if problem.mask.rules.consecutive or not tpu_bias.by_distance(problem):
         return kernels(problem, *rest)
     return jax.lax.cond(tpu_bias.keeps_distance(problem.mask), kernels, chunked, problem, *rest)
 
@@ -66,7 +67,8 @@ def supports(problem: Problem) -> str | None:
         return f"its head sizes are {shape.head_dim} and {p.v.shape[-1]}: it takes multiples of 8 up to 256"
     if tpu_blocks.chip() is None:
         return f"{jax.devices()[0].device_kind} is not in its table: it knows {', '.join(tpu_blocks.CHIPS)}"
-    refused = tpu_bias.refusal(p)
+    by_pair = p.bias is not None and not tpu_bias.by_distance(p)
+    refused = tpu_pair_bias.refusal(p) if by_pair else None
     if refused is not None:
         return refused
     if captures(p.mask.rules.where):
@@ -95,7 +97,8 @@ def temporaries(problem: Problem) -> int:
     keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
     parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
-    return 2 * (queries + keys) * sum(widths) + partial_sums
+    copies = 2 * (queries + keys) * sum(widths) + partial_sums
+    return copies + (2 * tpu_pair_bias.bytes_of(p) if p.bias is not None and not tpu_bias.by_distance(p) else 0)
 
 
 def or_chunked(problem: Problem) -> Engine:
@@ -186,14 +189,12 @@ def _forward(call: Call, interpret: bool) -> Output:
         "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
         "state": pltpu.SMEM((3,), jnp.int32),
     }
-    if call.bias is not None:
-        rows = call.bias.rows()
-        inputs["bias"], scratch["laid"] = tpu_layout.by_head(rows, query), Diagonals.scratch(blocks, rows, 1)
+    bias_in, bias_out, bias_scratch = tpu_layout.bias_operands(call, query, key, backward=False)
 
     def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
         b, n, step = (pl.program_id(i) for i in range(3))
         visit = call.visit(scalars, b, step)
-        flags, bias = spec.code.flags(visit), call.diagonals(named, visit)
+        flags, bias = spec.code.flags(visit), call.bias_of(named, visit)
         if bias is not None:
             bias.before(step == 0, flags)
         at = spec.code.query(visit), spec.code.key(visit)
@@ -201,7 +202,8 @@ def _forward(call: Call, interpret: bool) -> Output:
         tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs, flags)
 
     grid = (shape.batch, shape.heads, call.steps)
-    out, lse = _run(call, "forward", grid, kernel, inputs, outputs, scratch, interpret)
+    operands = inputs | bias_in, outputs | bias_out, scratch | bias_scratch
+    out, lse = _run(call, "forward", grid, kernel, *operands, interpret)
     return Output(tpu_layout.restored(out, shape.queries, shape.heads), lse[:, :, 0, : shape.queries])
 
 
@@ -210,10 +212,12 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
     p = problem
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse) * LOG2_E
     cut = key_parts(p, blocks)
-    apart = None if p.bias is None else tpu_bias.apart(p.mask)
+    apart = tpu_bias.apart(p.mask) if tpu_bias.by_distance(p) else None
     parts = []
     for part in cut:
-        of_part = p.replace(k=p.k[:, part], v=p.v[:, part], mask=mask_of_part(p.mask, part))
+        of_part = p.replace(
+            k=p.k[:, part], v=p.v[:, part], mask=mask_of_part(p.mask, part), bias=_of_part(p.bias, part)
+        )
         call = Call.of(of_part, blocks, None if apart is None else apart + part.start)
         dtype = p.q.dtype if len(cut) == 1 else jnp.float32
         parts.append(_backward_part(call, output.out, lse, gradient, dtype, interpret))
@@ -222,17 +226,33 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
         functools.reduce(jnp.add, d_q).astype(p.q.dtype),
         jnp.concatenate(d_k, 1),
         jnp.concatenate(d_v, 1),
-        _of_tables(p.bias, d_bias),
+        _of_bias(p.bias, d_bias),
     )
 
 
-def _of_tables(bias: Given, parts: Sequence[Any]) -> Given:
-    """The gradient of a bias, of its tables' from each part of the keys."""
-    if not isinstance(bias, Bias):
+def _gradient_of_bias(call: Call, sums: jax.Array | None = None) -> Any:
+    """In float32, of the array or of the tables; sums: what the kernel wrote."""
+    if call.bias is None or sums is None:
         return None
-    return Bias(
-        bias.function, jax.tree.map(lambda x, *d: functools.reduce(jnp.add, d).astype(x.dtype), bias.tables, *parts)
-    )
+    return call.bias.gradient(sums, call.written()) if isinstance(call.bias, ByPair) else call.bias.gradient(sums)
+
+
+def _of_part(bias: Given, part: slice) -> Given:
+    """What a part of the keys has of a bias."""
+    return bias[..., part] if isinstance(bias, jax.Array) and bias.shape[3] > 1 else bias
+
+
+def _of_bias(bias: Given, parts: Sequence[Any]) -> Given:
+    """The gradient of a bias, of those from each part of the keys."""
+
+    def total(x: jax.Array, *d: jax.Array) -> jax.Array:
+        return functools.reduce(jnp.add, d).astype(x.dtype)
+
+    if isinstance(bias, Bias):
+        return Bias(bias.function, jax.tree.map(total, bias.tables, *parts))
+    if bias is None or bias.shape[3] == 1:
+        return None if bias is None else total(bias, *parts)
+    return jnp.concatenate(parts, 3).astype(bias.dtype)
 
 
 def key_parts(problem: Problem, blocks: Blocks) -> list[slice]:
@@ -256,10 +276,12 @@ def keys_of_part(problem: Problem, blocks: Blocks) -> int:
     widths = (problem.shape.head_dim, problem.v.shape[-1])
     a_key = sum(-(-width // lanes) * lanes * (4 + 2 * size) for width in widths)
     budget = tpu_blocks.vmem() * 3 // 4
-    if problem.bias is not None:
+    if tpu_bias.by_distance(problem):
         a_distance = 2 * tpu_bias.DISTANCE_BYTES
         a_key += a_distance
         budget = max(budget - problem.shape.queries * a_distance, budget // 3)
+    elif problem.bias is not None:
+        budget = max(budget - tpu_pair_bias.block_bytes(blocks), budget // 3)
     return max(1, budget // (a_key * blocks.keys)) * blocks.keys
 
 
@@ -311,16 +333,12 @@ def _backward_part(
         "sum_k": kept(s, h, jnp.float32),
         "sum_v": kept(s, value, jnp.float32),
     }
-    if call.bias is not None:
-        rows = call.bias.rows()
-        sums = tpu_layout.shape_like((b, *rows.shape[1:]), p.q, jnp.float32)
-        inputs["bias"], outputs["d_bias"] = tpu_layout.by_head(rows, query), tpu_layout.by_head(sums, query)
-        scratch |= dict.fromkeys(("laid", "sums"), Diagonals.scratch(blocks, rows, 2))
+    bias_in, bias_out, bias_scratch = tpu_layout.bias_operands(call, query, key, backward=True)
 
     def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
         b, k, g, step = (pl.program_id(i) for i in range(4))
         visit, last_step = call.visit(scalars, b, step), pl.num_programs(3) - 1
-        flags, bias = spec.code.flags(visit), call.diagonals(named, visit)
+        flags, bias = spec.code.flags(visit), call.bias_of(named, visit)
         if bias is not None:
             bias.before(step == 0, flags)
         ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
@@ -331,10 +349,11 @@ def _backward_part(
             bias.after(step == last_step, flags)
 
     grid = (b, shape.kv_heads, spec.group, call.steps)
-    d_q, d_k, d_v, *d_bias = _run(call, "backward", grid, kernel, inputs, outputs, scratch, interpret)
+    operands = inputs | bias_in, outputs | bias_out, scratch | bias_scratch
+    d_q, d_k, d_v, *d_bias = _run(call, "backward", grid, kernel, *operands, interpret)
     return (
         tpu_layout.restored(d_q, shape.queries, shape.heads),
         tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
         tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
-        None if call.bias is None else call.bias.gradient(*d_bias),
+        _gradient_of_bias(call, *d_bias),
     )

@@ -18,6 +18,7 @@ from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_bias import ByDistance, Diagonals
 from zoo.kernels.tpu_blocks import LANES, Blocks
+from zoo.kernels.tpu_pair_bias import ByPair, PairBlock
 from zoo.kernels.tpu_pairs import Counted, Scalars, Spec
 from zoo.kernels.work_list import Code, WorkList
 
@@ -49,7 +50,7 @@ class Call(NamedTuple):
     mask: ResolvedMask
     scalars: Scalars
     steps: jax.Array | int
-    bias: ByDistance | None
+    bias: ByDistance | ByPair | None
 
     @classmethod
     def of(cls, problem: Problem, blocks: Blocks, apart: jax.Array | None = None) -> "Call":
@@ -84,10 +85,11 @@ class Call(NamedTuple):
         seed = none if p.seed is None else jax.lax.bitcast_convert_type(p.seed, jnp.int32)
         counters = (p.batch, p.heads) if p.dropout else (none, none)
         scalars = Scalars(work.visits, seed, *counters, per_row(mask.prefix), per_row(mask.lengths))
-        bias = None
-        if p.bias is not None:
-            apart = tpu_bias.apart(p.mask) if apart is None else apart
-            bias = ByDistance.of(p, apart, mask.query.length, mask.key.length)
+        bias, size = None, (mask.query.length, mask.key.length)
+        if tpu_bias.by_distance(p):
+            bias = ByDistance.of(p, tpu_bias.apart(p.mask) if apart is None else apart, *size)
+        elif p.bias is not None:
+            bias = ByPair.of(p, *size)
         return cls(p, spec, mask, scalars, work.steps, bias)
 
     @property
@@ -109,11 +111,19 @@ class Call(NamedTuple):
     def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
         return self.spec.code.key(self.visit(scalars, row, step))
 
-    def diagonals(self, named: dict[str, Any], visit: Any) -> Diagonals | None:
+    def written(self) -> jax.Array:
+        """Which blocks any visit is to: bool [rows, blocks of queries, of keys]."""
+        code, visits = self.spec.code, self.scalars.visits.reshape(self.spec.rows, -1)
+        none = jnp.zeros((self.spec.rows, code.queries, code.keys), bool)
+        return none.at[jnp.arange(self.spec.rows)[:, None], code.query(visits), code.key(visits)].set(True)
+
+    def bias_of(self, named: dict[str, Any], visit: Any) -> Diagonals | PairBlock | None:
         """The bias of a visit; takes its references out of `named`."""
         if self.bias is None:
             return None
         spec, references = self.spec, [named.pop(name, None) for name in ("bias", "laid", "sums", "d_bias")]
+        if isinstance(self.bias, ByPair):
+            return PairBlock(references[0], references[3])
         return Diagonals(spec.blocks, spec.code.keys, (spec.code.query(visit), spec.code.key(visit)), *references)
 
     def name(self, direction: str) -> str:
@@ -201,6 +211,34 @@ def by_head(array: Any, place: Place) -> Operand:
         return row if array.shape[0] > 1 else ZERO, head, ZERO, ZERO
 
     return Operand(array, pl.BlockSpec((None, None, *array.shape[2:]), index))
+
+
+def by_pair(array: Any, blocks: Blocks, query: Place, key: Place) -> Operand:
+    """[1 or B, 1 or N, S, T] in blocks of pairs."""
+
+    def index(*indices: Any) -> tuple:
+        row, of_queries, head = query(*indices)
+        where = [place if size > 1 else ZERO for place, size in zip((row, head), array.shape[:2], strict=True)]
+        return *where, key(*indices)[1], of_queries
+
+    return Operand(array, pl.BlockSpec((None, None, blocks.keys, blocks.queries), index))
+
+
+def bias_operands(
+    call: Call, query: Place, key: Place, *, backward: bool
+) -> tuple[dict[str, Operand], dict[str, Operand], dict[str, Any]]:
+    """What a bias adds to a kernel's inputs, outputs and scratch."""
+    if call.bias is None:
+        return {}, {}, {}
+    array, shape = call.bias.laid_out(), call.problem.shape
+    sums = shape_like((shape.batch, shape.heads, *array.shape[2:]), array, jnp.float32)
+    if isinstance(call.bias, ByPair):
+        values, d_values = (by_pair(x, call.spec.blocks, query, key) for x in (array, sums))
+        return {"bias": values}, {"d_bias": d_values} if backward else {}, {}
+    scratch = dict.fromkeys(("laid", "sums") if backward else ("laid",))
+    room = Diagonals.scratch(call.spec.blocks, array, len(scratch))
+    outputs = {"d_bias": by_head(sums, query)} if backward else {}
+    return {"bias": by_head(array, query)}, outputs, dict.fromkeys(scratch, room)
 
 
 def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:

@@ -14,6 +14,7 @@ from zoo.kernels import dropout as dropouts
 from zoo.kernels.mask import PADDING_INDEX, Rules, Side, pairs_allowed
 from zoo.kernels.tpu_bias import LOG2_E, Diagonals
 from zoo.kernels.tpu_blocks import Blocks
+from zoo.kernels.tpu_pair_bias import PairBlock
 from zoo.kernels.work_list import Code
 
 SUBLANES = 8
@@ -117,7 +118,7 @@ class Pairs:
         sides: tuple[Any, Any],
         row: Any,
         head: Any,
-        bias: Diagonals | None,
+        bias: Diagonals | PairBlock | None,
     ) -> None:
         self.spec, self.scalars, self.row, self.head, self.bias = spec, scalars, row, head, bias
         self.query_block, self.key_block = at

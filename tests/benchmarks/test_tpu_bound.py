@@ -1,5 +1,7 @@
 """The model of a kernel's time: programs cut into regions, and steps added up by hand."""
 
+import operator
+
 import pytest
 
 from benchmarks import tpu, tpu_bound
@@ -34,6 +36,13 @@ def test_a_program_is_cut_at_its_branches() -> None:
     assert (skipped.matmuls, skipped.spills, skipped.matmul) == (3, 1, 0.75)
     assert body.bundles() == 8 and loop.bundles([10, 3]) == 10 * 4 + 3 * 2
     assert Program("kernel", body).inner == skipped
+
+
+def test_processes_follow_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More cases than two processes have."""
+    monkeypatch.setattr(tpu, "QUIET", {})
+    cases = [(x, 1) for x in range(5)]
+    assert tpu.in_processes(operator.add, cases, share=2) == {case: case[0] + 1 for case in cases}
 
 
 def test_a_grid_is_added_up() -> None:

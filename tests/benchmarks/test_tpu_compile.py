@@ -43,6 +43,8 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("v4", 128, "window"),
         ("v4", 64, "t5"),
         ("v5p", 96, "alibi"),
+        ("v4", 128, "absolute"),
+        ("v5p", 64, "array"),
         ("v7x", 128, "causal"),
     ],
 )

@@ -26,7 +26,8 @@ def test_auto() -> None:
     assert chosen(*shapes(16)) == {"everywhere": "xla"}
     assert chosen(*shapes(1, 100_000)) == {"everywhere": "xla"}
     assert chosen(*shapes(2048)) == {"on TPUs": "tpu_flash", "elsewhere": "chunked"}
-    assert chosen(*shapes(2048), bias=jnp.ones((1, 2048))) == {"everywhere": "chunked"}
+    assert chosen(*shapes(2048), bias=jnp.ones((1, 2048))) == {"on TPUs": "tpu_flash", "elsewhere": "chunked"}
+    assert chosen(*shapes(16384), bias=jnp.ones((1, 16384))) == {"everywhere": "chunked"}
     assert chosen(*shapes(1_000_000, n=32)) == {"everywhere": "chunked"}
 
 

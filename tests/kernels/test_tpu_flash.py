@@ -47,6 +47,11 @@ def t5(table: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> j
     return table[jnp.where(key > query, 16, 0) + jnp.where(distance < 8, distance, jnp.minimum(far, 15)), head]
 
 
+def absolute(table: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
+    """Of the key alone, and of where the query is in its row of 20."""
+    return table[key % S, head] * jnp.cos(query % 20)
+
+
 FEATURES: dict[str, dict] = {
     "causal": {"mask": Mask(causal=True)},
     "window": {"mask": Mask(window=(70, 10))},
@@ -63,13 +68,18 @@ FEATURES: dict[str, dict] = {
     "scale": {"scale": 0.3},
     "alibi": {"bias": Bias(alibi, jnp.array([0.5, 0.1, 0.02, -0.2]))},
     "t5": {"bias": Bias(t5, jnp.asarray(RNG.normal(size=(32, N)), jnp.float32))},
+    "absolute": {"bias": Bias(absolute, jnp.asarray(RNG.normal(size=(S, N)), jnp.float32))},
+    "array": {"bias": jnp.asarray(RNG.normal(size=(B, N, T, S)), jnp.float32)},
+    "array_of_keys": {"bias": jnp.where(RNG.random((1, N, 1, S)) < 0.3, -jnp.inf, 1.0)},
     "multi_query": {},
     "head_128": {},
     "wide_values": {},
 }
 
 
-EXCLUSIVE = {frozenset(("soft_cap", "wide_cap")), frozenset(("positions", "where_by_row")), frozenset(("alibi", "t5"))}
+BIASES = ("alibi", "t5", "absolute", "array", "array_of_keys")
+ALTERNATIVES = (("soft_cap", "wide_cap"), ("positions", "where_by_row"), *combinations(BIASES, 2))
+EXCLUSIVE = set(map(frozenset, ALTERNATIVES))
 
 
 def arrays(features: tuple[str, ...]) -> tuple:
@@ -240,13 +250,33 @@ def test_through_dispatch() -> None:
 
 
 @pytest.mark.numbers
-def test_keys_in_parts() -> None:
+@pytest.mark.parametrize("bias", ["t5", "absolute", "array", "array_of_keys"])
+def test_keys_in_parts(bias: str) -> None:
     """The backward pass cuts keys into parts whose sums fit VMEM; a bias is laid out for each visit alone."""
     problem = build(*arrays(("causal",))[:3], Mask(causal=True))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip(("TPU v5 lite",), 2**19))
         assert tpu_flash.keys_of_part(problem, BACKWARD) == 256
-        compare(flash(False), ("causal", "dropout", "segments", "t5"))
+        compare(flash(False), ("causal", "dropout", "segments", bias))
+
+
+@pytest.mark.numbers
+@pytest.mark.parametrize("shape", [(B, 1, T, S), (1, 1, 1, S), (1, N, T, S)])
+def test_array_that_broadcasts(shape: tuple[int, ...]) -> None:
+    """Its gradient has its own shape and type; of blocks that the mask leaves out it is 0."""
+    q, k, v, d_out, _ = arrays(("causal",))
+    bias = jnp.asarray(np.random.default_rng(2).normal(size=shape), jnp.bfloat16)
+
+    def gradient(attend) -> jax.Array:
+        def loss(bias: jax.Array) -> jax.Array:
+            return jnp.sum(attend(build(q, k, v, Mask(causal=True, window=50), bias=bias)).output * d_out)
+
+        return jax.grad(loss)(bias)
+
+    expected, result = (gradient(x) for x in (reference.attend, partial(engine.attend, flash(False))))
+    assert result.shape == shape and result.dtype == jnp.bfloat16
+    exact, found = (x.astype(jnp.float32) for x in (expected, result))
+    np.testing.assert_allclose(found, exact, rtol=0, atol=1e-2 * np.abs(exact).max())
 
 
 @pytest.mark.numbers
@@ -304,9 +334,13 @@ def test_what_is_refused() -> None:
 
     assert refusal() is None
     assert refusal(jnp.float16) == "its arguments are float16: it takes bfloat16 and float32"
-    assert refusal(bias=jnp.ones(())) == "its bias is an array: it takes a Bias, as a function of key - query"
-    absolute = Bias(lambda table, head, query, key: table[head] * key, jnp.ones(1))
-    assert refusal(bias=absolute) == "its Bias function depends on more of the positions than key - query"
+    beyond = "whose gradient takes 1.0 GiB a device, above 0.5"
+    of_keys = Bias(lambda table, head, query, key: table[head] * key, jnp.ones(1))
+    assert refusal(bias=of_keys) is None and refusal(bias=jnp.ones(())) is None
+    assert refusal(length=2**14, bias=jnp.ones(())) == f"its bias is an array, {beyond}"
+    assert (
+        refusal(length=2**14, bias=of_keys) == f"its bias depends on more of the positions than key - query, {beyond}"
+    )
     assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
     table = jnp.eye(4, dtype=bool)
     captured = tpu_flash.supports(build(*arrays(("causal",))[:3], Mask(where=lambda q, k: table[q // 128, k // 128])))
