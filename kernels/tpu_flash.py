@@ -67,8 +67,7 @@ def supports(problem: Problem) -> str | None:
         return f"its head sizes are {shape.head_dim} and {p.v.shape[-1]}: it takes multiples of 8 up to 256"
     if tpu_blocks.chip() is None:
         return f"{jax.devices()[0].device_kind} is not in its table: it knows {', '.join(tpu_blocks.CHIPS)}"
-    by_pair = p.bias is not None and not tpu_bias.by_distance(p)
-    refused = tpu_pair_bias.refusal(p) if by_pair else None
+    refused = tpu_pair_bias.refusal(p)
     if refused is not None:
         return refused
     if captures(p.mask.rules.where):
@@ -97,8 +96,8 @@ def temporaries(problem: Problem) -> int:
     keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
     parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
-    copies = 2 * (queries + keys) * sum(widths) + partial_sums
-    return copies + (2 * tpu_pair_bias.bytes_of(p) if p.bias is not None and not tpu_bias.by_distance(p) else 0)
+    of_bias = tpu_pair_bias.bytes_of(p) * (2 if isinstance(p.bias, Bias) else 1)
+    return 2 * (queries + keys) * sum(widths) + partial_sums + of_bias
 
 
 def or_chunked(problem: Problem) -> Engine:

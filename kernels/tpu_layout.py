@@ -111,8 +111,10 @@ class Call(NamedTuple):
     def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
         return self.spec.code.key(self.visit(scalars, row, step))
 
-    def written(self) -> jax.Array:
-        """Which blocks any visit is to: bool [rows, blocks of queries, of keys]."""
+    def written(self) -> jax.Array | None:
+        """Which blocks any visit is to: bool [rows, blocks of queries, of keys]; None where that is known to be all."""
+        if isinstance(self.steps, int) and self.steps == self.spec.capacity:
+            return None
         code, visits = self.spec.code, self.scalars.visits.reshape(self.spec.rows, -1)
         none = jnp.zeros((self.spec.rows, code.queries, code.keys), bool)
         return none.at[jnp.arange(self.spec.rows)[:, None], code.query(visits), code.key(visits)].set(True)
@@ -214,14 +216,14 @@ def by_head(array: Any, place: Place) -> Operand:
 
 
 def by_pair(array: Any, blocks: Blocks, query: Place, key: Place) -> Operand:
-    """[1 or B, 1 or N, S, T] in blocks of pairs."""
+    """[1 or B, 1 or N, T, S] in blocks of pairs."""
 
     def index(*indices: Any) -> tuple:
         row, of_queries, head = query(*indices)
         where = [place if size > 1 else ZERO for place, size in zip((row, head), array.shape[:2], strict=True)]
-        return *where, key(*indices)[1], of_queries
+        return *where, of_queries, key(*indices)[1]
 
-    return Operand(array, pl.BlockSpec((None, None, blocks.keys, blocks.queries), index))
+    return Operand(array, pl.BlockSpec((None, None, blocks.queries, blocks.keys), index))
 
 
 def bias_operands(

@@ -1,8 +1,8 @@
 """A bias of each pair in the TPU kernels: an array, or a function of more than the distance, evaluated as an array.
 
-Its values lie as the scores do, keys before queries, in base 2. A visit reads its block of them and writes the block of
-their gradient; blocks that no visit writes are known from the work list. Both arrays are quadratic in length, so that
-only as much is taken as `chunked` would hold in blocks of scores, or as the caller's own array has.
+A visit reads its block of the array and writes the block of its gradient, both transposed on the way; blocks that no
+visit writes are known from the work list. Both are quadratic in length, so that no more is taken than `chunked` would
+hold in blocks of scores, or than the caller's own array has.
 """
 
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from zoo.kernels import bias as biases
 from zoo.kernels.bias import Bias
 from zoo.kernels.mask import Side
 from zoo.kernels.problem import Problem
-from zoo.kernels.tpu_bias import LOG2_E
+from zoo.kernels.tpu_bias import LOG2_E, by_distance
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.work_list import WHOLE
 
@@ -24,8 +24,10 @@ MOST_BYTES = 2**29
 
 
 def bytes_of(problem: Problem) -> int:
-    """Of the gradient: a float32 for each pair, row and head."""
+    """Of the gradient: a float32 for each pair, row and head; 0 without a bias, and for one of the distance."""
     shape = problem.shape
+    if problem.bias is None or by_distance(problem):
+        return 0
     return 4 * shape.batch * shape.heads * shape.queries * shape.keys
 
 
@@ -65,38 +67,37 @@ class ByPair(NamedTuple):
         return self.bias.tables if isinstance(self.bias, Bias) else self.bias
 
     def _values(self, learned: Any) -> jax.Array:
-        """Float32 [1 or B, 1 or N, T, S]."""
+        """[1 or B, 1 or N, T, S]."""
         bias = Bias(self.bias.function, learned) if isinstance(self.bias, Bias) else learned
-        x = biases.block(bias, self.heads, self.query, self.key, (0, 0)).astype(jnp.float32)
+        x = biases.block(bias, self.heads, self.query, self.key, (0, 0))
         return jnp.broadcast_to(x, (*x.shape[:2], *self.shape[2:]))
 
     def laid_out(self) -> jax.Array:
-        """The bias in base 2, float32 [1 or B, 1 or N, S, T], padded."""
-        x = (self._values(self._learned) * LOG2_E).swapaxes(2, 3)
-        extra = [(0, whole - size) for whole, size in zip(self.padded[::-1], x.shape[2:], strict=True)]
-        return jnp.pad(x, ((0, 0), (0, 0), *extra))
+        """Float32, or bfloat16 where the bias is, [1 or B, 1 or N, T, S], padded."""
+        x = self._values(self._learned)
+        extra = [(0, whole - size) for whole, size in zip(self.padded, x.shape[2:], strict=True)]
+        return jnp.pad(x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32), ((0, 0), (0, 0), *extra))
 
-    def gradient(self, sums: jax.Array, written: jax.Array) -> Any:
+    def gradient(self, sums: jax.Array, written: jax.Array | None) -> Any:
         """Like the array, or the tables, in float32.
 
-        sums: gradient of the scores, [B, N, S, T], padded; written: bool [1 or B, blocks of queries, of keys].
+        sums: gradient of the scores, [B, N, T, S], padded; written: bool [1 or B, blocks of queries, of keys], or None
+        where all are.
         """
-        b, n, keys, queries = sums.shape
-        there = written.swapaxes(1, 2)[:, None, :, None, :, None]
-        blocks = sums.reshape(b, n, there.shape[2], -1, there.shape[4], queries // there.shape[4])
-        sums = jnp.where(there, blocks, 0).reshape(b, n, keys, queries)[:, :, : self.shape[3], : self.shape[2]]
+        if written is not None:
+            of_queries, of_keys = (whole // count for whole, count in zip(self.padded, written.shape[1:], strict=True))
+            sums = jnp.where(jnp.repeat(jnp.repeat(written, of_queries, 1), of_keys, 2)[:, None], sums, 0)
+        sums = sums[:, :, : self.shape[2], : self.shape[3]]
 
         def whole(learned: Any) -> jax.Array:
-            return jnp.broadcast_to(self._values(learned), self.shape)
+            return jnp.broadcast_to(self._values(learned).astype(jnp.float32), self.shape)
 
-        (learned,) = jax.vjp(whole, jax.tree.map(lambda x: x.astype(jnp.float32), self._learned))[1](
-            sums.swapaxes(2, 3)
-        )
+        (learned,) = jax.vjp(whole, jax.tree.map(lambda x: x.astype(jnp.float32), self._learned))[1](sums)
         return learned
 
 
 class PairBlock:
-    """The bias of one visit, in a kernel: references to its values and, backward, to their gradient, both [s, t]."""
+    """The bias of one visit, in a kernel: references to its values and, backward, to their gradient, both [t, s]."""
 
     def __init__(self, values: Any, gradient: Any = None) -> None:
         self.values, self.gradient = values, gradient
@@ -114,12 +115,12 @@ class PairBlock:
 
     def tile(self, key: Any, query: int, shape: tuple[int, ...]) -> jax.Array:
         """The bias in base 2 of scores [s, t] = shape, of keys and queries from these of the visit on."""
-        return self.values[pl.ds(key, shape[0]), query : query + shape[1]]
+        return self.values[query : query + shape[1], pl.ds(key, shape[0])].astype(jnp.float32).T * LOG2_E
 
     def add(self, gradient: jax.Array, key: Any, query: int) -> None:
         """The gradient of scores [s, t], of keys and queries from these of the visit on."""
         size, width = gradient.shape
-        self.gradient[pl.ds(key, size), query : query + width] = gradient
+        self.gradient[query : query + width, pl.ds(key, size)] = gradient.T
 
 
 def block_bytes(blocks: Blocks) -> int:
