@@ -3,9 +3,9 @@
     pip install -e ".[aot]" && python -m benchmarks.schedule
 
 Causal, head size 128, bfloat16; the kernels of this project beside splash attention, which JAX ships, at block sizes
-that are good for each. The bias is a function of key - query: ALiBi, T5's buckets and all others make one kernel. A
-bundle is what a core does in a cycle if nothing stalls: the figures rank inner loops on one chip. Neither copies
-between memories nor stalls are in them, and nothing was run.
+that are good for each. The bias is a function of key - query, where ALiBi, T5's buckets and all others make one kernel;
+that of pairs is an array. A bundle is what a core does in a cycle if nothing stalls: the figures rank inner loops on one
+chip. Neither copies between memories nor stalls are in them, and nothing was run.
 
 The floor is what the matrix unit's issue slots allow for the products alone, each in the cheapest of the forms tried.
 """
@@ -32,7 +32,8 @@ class Figures(NamedTuple):
     spills: float
 
 
-def _problem(bounded: bool = False, biased: bool = False) -> Any:
+def _problem(bounded: bool = False, bias: str | None = None) -> Any:
+    """bias: "distance", "pairs" or None."""
     import jax
     import jax.numpy as jnp
 
@@ -41,22 +42,27 @@ def _problem(bounded: bool = False, biased: bool = False) -> Any:
 
     shape = jax.ShapeDtypeStruct((1, LENGTH, HEADS, HEAD_DIM), jnp.bfloat16)
     options: dict[str, Any] = {"logits_bound": 20.0} if bounded else {}
-    if biased:
+    if bias == "distance":
         slopes = jnp.full((HEADS,), 0.1)
         options["bias"] = Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
-    return shape, functools.partial(build, mask=Mask(causal=True), **options)
+
+    def problem(q: Any, k: Any, v: Any) -> Any:
+        of_pairs = jnp.broadcast_to(q[:, None, :, :1, 0], (1, 1, LENGTH, LENGTH))
+        return build(q, k, v, Mask(causal=True), **options, **({"bias": of_pairs} if bias == "pairs" else {}))
+
+    return shape, problem
 
 
-def _flash_forward(chip: str, bounded: bool = False, biased: bool = False) -> tuple[str, int]:
+def _flash_forward(chip: str, bounded: bool = False, bias: str | None = None) -> tuple[str, int]:
     from zoo.kernels import tpu_blocks
     from zoo.kernels.tpu_flash import TpuFlash
 
-    shape, build = _problem(bounded, biased)
+    shape, build = _problem(bounded, bias)
     tpu.compile_for(chip, lambda q, k, v: TpuFlash().forward(build(q, k, v)), shape, shape, shape)
     return _blocks(tpu_blocks.chosen("forward", chip, HEAD_DIM, LENGTH))
 
 
-def _flash_backward(chip: str, biased: bool = False) -> tuple[str, int]:
+def _flash_backward(chip: str, bias: str | None = None) -> tuple[str, int]:
     import jax
     import jax.numpy as jnp
 
@@ -64,7 +70,7 @@ def _flash_backward(chip: str, biased: bool = False) -> tuple[str, int]:
     from zoo.kernels.engine import Output
     from zoo.kernels.tpu_flash import TpuFlash
 
-    shape, build = _problem(biased=biased)
+    shape, build = _problem(bias=bias)
     lse = jax.ShapeDtypeStruct((1, HEADS, LENGTH), jnp.float32)
 
     def run(q: Any, k: Any, v: Any, out: Any, lse: Any, d_out: Any) -> Any:
@@ -106,9 +112,11 @@ KERNELS: dict[tuple[str, str], tuple[Callable[[str], tuple[str, int]], str]] = {
     ("flaxzoo", "forward"): (_flash_forward, "flash_forward"),
     ("splash", "forward"): (functools.partial(_splash, backward=False), "splash"),
     ("flaxzoo", "forward, logits bounded"): (functools.partial(_flash_forward, bounded=True), "flash_forward"),
-    ("flaxzoo", "forward, bias"): (functools.partial(_flash_forward, biased=True), "flash_forward"),
+    ("flaxzoo", "forward, bias"): (functools.partial(_flash_forward, bias="distance"), "flash_forward"),
+    ("flaxzoo", "forward, bias of pairs"): (functools.partial(_flash_forward, bias="pairs"), "flash_forward"),
     ("flaxzoo", "backward"): (_flash_backward, "flash_backward"),
-    ("flaxzoo", "backward, bias"): (functools.partial(_flash_backward, biased=True), "flash_backward"),
+    ("flaxzoo", "backward, bias"): (functools.partial(_flash_backward, bias="distance"), "flash_backward"),
+    ("flaxzoo", "backward, bias of pairs"): (functools.partial(_flash_backward, bias="pairs"), "flash_backward"),
     ("splash", "backward"): (functools.partial(_splash, backward=True), "dkv"),
 }
 
@@ -134,8 +142,7 @@ def floor(chip: str) -> dict[str, float]:
         for kind in ("scores", "values")
     )
     forward, backward = scores + values, 2 * scores + 3 * values
-    of_forward = dict.fromkeys(("forward", "forward, logits bounded", "forward, bias"), forward)
-    return of_forward | dict.fromkeys(("backward", "backward, bias"), backward)
+    return {which: forward if which.startswith("forward") else backward for _, which in KERNELS}
 
 
 def _compile_products(chip: str, scores: int, queries: int) -> None:
