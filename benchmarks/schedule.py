@@ -4,8 +4,8 @@
 
 Causal, head size 128, bfloat16; the kernels of this project beside splash attention, which JAX ships, at block sizes
 that are good for each. The bias is a function of key - query, where ALiBi, T5's buckets and all others make one kernel;
-that of pairs is an array. A bundle is what a core does in a cycle if nothing stalls: the figures rank inner loops on one
-chip. Neither copies between memories nor stalls are in them, and nothing was run.
+that of pairs is an array. A bundle is what a core does in a cycle if nothing stalls: the figures rank inner loops on
+one chip. Neither copies between memories nor stalls are in them, and nothing was run.
 
 The floor is what the matrix unit's issue slots allow for the products alone, each in the cheapest of the forms tried.
 """
