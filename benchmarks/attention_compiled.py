@@ -93,15 +93,13 @@ def _figures(case: Case, dtype: str, mode: str, name: str, chip: str, folder: Pa
 
 
 def _of_flash(case: Case, dtype: str, mode: str, chip: str, programs: list[Program], text: str) -> dict[str, float]:
-    """Nothing where keys are taken in parts; no bound where the program has regions that the walk does not know.
+    """No bound where the program has regions that the walk does not know.
 
     bundles, spills: of both passes, per 512 x 512 scores of an interior block. matrix_unit: share of its slots.
     """
-    try:
-        parts = flash_parts(case, dtype, chip, mode)
-    except ValueError:
-        return {}
-    inner = [(part.program(programs).inner, UNIT / part.area) for part in parts]
+    parts = flash_parts(case, dtype, chip, mode)
+    passes = {part.name: part for part in parts}.values()
+    inner = [(part.program(programs).inner, UNIT / part.area) for part in passes]
     row = {
         "bundles": sum(region.own * share for region, share in inner),
         "spills": sum(region.spills * share for region, share in inner),

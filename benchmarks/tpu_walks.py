@@ -114,7 +114,8 @@ class Flash:
 def flash_parts(case: Case, dtype: str, chip: str, mode: str, blocks: Blocks | None = None) -> list[Part]:
     """Of a call of `tpu_flash`, at the block sizes that it chooses if none are given.
 
-    Where a backward pass takes its keys in parts, each is a Part, of which gradients of q are float32.
+    Where a backward pass takes its keys in parts, each is a Part, of which gradients of q are float32; all are walked
+    with the schedule of the first.
     """
     row = replace(case, batch=1)  # All have the same mask.
     mask, parts = resolve(row.mask(), 1, case.queries, case.keys), []

@@ -19,7 +19,7 @@ from zoo.kernels.problem import AttentionOutput, Problem, Shape, build, check_ar
 from zoo.kernels.tpu_flash import TpuFlash
 
 SCORE_BUDGET = 2**31
-"""Bytes of scores per device above which `xla` refuses a call: nothing becomes quadratic in memory unasked."""
+"""Bytes of scores per device above which `xla` refuses a call."""
 
 SMALL_SCORES = 2**18
 """Bytes of scores per device up to which `auto` takes the plain equation."""
@@ -224,7 +224,7 @@ class Choice(NamedTuple):
 
 
 def choose(problem: Problem) -> Choice:
-    """The plain equation for small scores and decoding, else what is linear in memory."""
+    """The plain equation for small scores and decoding, else what is linear in memory, a bias of pairs aside."""
     small = reference.score_bytes(problem) <= SMALL_SCORES or problem.shape.queries == 1
     if small and IMPLEMENTATIONS["xla"].supports(problem) is None:
         return Choice("xla", "xla", "xla")

@@ -111,13 +111,12 @@ def _tile(
     q, d_out = (o.scaled[:, part], o.d_out_turned[:, part]) if turned else (o.scaled[part, :], o.d_out[part, :])
     over = (1, 0) if turned else (1, 1)
     x, capped = scores(spec, product(spec, o.k[keys, :], q, over))
-    if masked:
-        x = pairs.masked(x, key, part.start)
     lse, delta = o.rows[0:1, part], o.delta[:, part]
     if pairs.bias is not None:
         # On v5e added to the scores it would take 7 % more bundles.
         lse = lse - pairs.bias.tile(key, part.start, x.shape)
-    weights = jnp.exp2(x - lse)
+    x = x - lse
+    weights = jnp.exp2(pairs.masked(x, key, part.start) if masked else x)
     d_weights = product(spec, o.v[keys, :], d_out, over)
     if spec.dropout:
         d_weights = pairs.dropped(d_weights, key, part.start) * (1 / (1 - spec.dropout))

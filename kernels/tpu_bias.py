@@ -159,16 +159,16 @@ class ByDistance(NamedTuple):
         assert isinstance(problem.bias, Bias)
         return cls(problem.bias, problem.heads, places.astype(jnp.int32) + offset)
 
-    def _values(self, tables: Any) -> jax.Array:
+    def _by_distance(self, tables: Any) -> jax.Array:
         shape = (self.distances.shape[0], self.heads.shape[0], 1, self.distances.shape[1])
         index = jnp.zeros(shape[2:], jnp.int32)
         query, key = Side(index[0, :1], index[:, :1], None), Side(index[0], self.distances, None)
         x = biases.block(Bias(self.bias.function, tables), self.heads, query, key, (0, 0))
         return jnp.broadcast_to(x, shape).astype(jnp.float32)
 
-    def laid_out(self) -> jax.Array:
+    def values(self) -> jax.Array:
         """The bias in base 2, float32 [r, N, D / 128, 128]."""
-        x = self._values(self.bias.tables) * LOG2_E
+        x = self._by_distance(self.bias.tables) * LOG2_E
         return x.reshape(*x.shape[:2], -1, LANES)
 
     def gradient(self, sums: jax.Array) -> Any:
@@ -176,7 +176,7 @@ class ByDistance(NamedTuple):
         sums = sums.reshape(*sums.shape[:2], 1, -1)
         if self.distances.shape[0] == 1:
             sums = sums.sum(0, keepdims=True)
-        (tables,) = jax.vjp(self._values, self.bias.tables)[1](sums)
+        (tables,) = jax.vjp(self._by_distance, self.bias.tables)[1](sums)
         return jax.tree.map(lambda x: x.astype(jnp.float32), tables)
 
 

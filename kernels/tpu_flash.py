@@ -24,7 +24,6 @@ from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_bias import LOG2_E
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import Call, Operand
-from zoo.kernels.tpu_pair_bias import ByPair
 from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Scalars
 
 
@@ -96,8 +95,7 @@ def temporaries(problem: Problem) -> int:
     keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
     parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
-    of_bias = tpu_pair_bias.bytes_of(p) * (2 if isinstance(p.bias, Bias) else 1)
-    return 2 * (queries + keys) * sum(widths) + partial_sums + of_bias
+    return 2 * (queries + keys) * sum(widths) + partial_sums + tpu_pair_bias.bytes_of(p)
 
 
 def or_chunked(problem: Problem) -> Engine:
@@ -229,13 +227,6 @@ def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output
     )
 
 
-def _gradient_of_bias(call: Call, sums: jax.Array | None = None) -> Any:
-    """In float32, of the array or of the tables; sums: what the kernel wrote."""
-    if call.bias is None or sums is None:
-        return None
-    return call.bias.gradient(sums, call.written()) if isinstance(call.bias, ByPair) else call.bias.gradient(sums)
-
-
 def _of_part(bias: Given, part: slice) -> Given:
     """What a part of the keys has of a bias."""
     return bias[..., part] if isinstance(bias, jax.Array) and bias.shape[3] > 1 else bias
@@ -247,11 +238,11 @@ def _of_bias(bias: Given, parts: Sequence[Any]) -> Given:
     def total(x: jax.Array, *d: jax.Array) -> jax.Array:
         return functools.reduce(jnp.add, d).astype(x.dtype)
 
+    if bias is None:
+        return None
     if isinstance(bias, Bias):
         return Bias(bias.function, jax.tree.map(total, bias.tables, *parts))
-    if bias is None or bias.shape[3] == 1:
-        return None if bias is None else total(bias, *parts)
-    return jnp.concatenate(parts, 3).astype(bias.dtype)
+    return total(bias, *parts) if bias.shape[3] == 1 else jnp.concatenate(parts, 3).astype(bias.dtype)
 
 
 def key_parts(problem: Problem, blocks: Blocks) -> list[slice]:
@@ -269,7 +260,7 @@ def mask_of_part(mask: ResolvedMask, part: slice) -> ResolvedMask:
 def keys_of_part(problem: Problem, blocks: Blocks) -> int:
     """Keys whose sums in float32, and gradients twice, take three quarters of VMEM; at least a block.
 
-    A bias, if it is laid out for a whole head, takes its share of that.
+    A bias takes its share of that: one of the distance if it is laid out for a whole head, else a visit's blocks.
     """
     lanes, size = tpu_blocks.LANES, problem.q.dtype.itemsize
     widths = (problem.shape.head_dim, problem.v.shape[-1])
@@ -293,7 +284,7 @@ def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
 def _backward_part(
     call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
-    """Gradients of q, k, v and of a bias's tables; lse in base 2, +inf of an empty row."""
+    """Gradients of q, k, v and of a bias or its tables; lse in base 2, +inf of an empty row."""
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
 
@@ -354,5 +345,5 @@ def _backward_part(
         tpu_layout.restored(d_q, shape.queries, shape.heads),
         tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
         tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
-        _gradient_of_bias(call, *d_bias),
+        None if call.bias is None else call.bias.gradient(*d_bias),
     )

@@ -85,11 +85,12 @@ class Call(NamedTuple):
         seed = none if p.seed is None else jax.lax.bitcast_convert_type(p.seed, jnp.int32)
         counters = (p.batch, p.heads) if p.dropout else (none, none)
         scalars = Scalars(work.visits, seed, *counters, per_row(mask.prefix), per_row(mask.lengths))
-        bias, size = None, (mask.query.length, mask.key.length)
+        bias = None
         if tpu_bias.by_distance(p):
-            bias = ByDistance.of(p, tpu_bias.apart(p.mask) if apart is None else apart, *size)
+            apart = tpu_bias.apart(p.mask) if apart is None else apart
+            bias = ByDistance.of(p, apart, mask.query.length, mask.key.length)
         elif p.bias is not None:
-            bias = ByPair.of(p, *size)
+            bias = ByPair.of(p, mask, blocks, _written(work, spec))
         return cls(p, spec, mask, scalars, work.steps, bias)
 
     @property
@@ -110,14 +111,6 @@ class Call(NamedTuple):
 
     def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
         return self.spec.code.key(self.visit(scalars, row, step))
-
-    def written(self) -> jax.Array | None:
-        """Which blocks any visit is to: bool [rows, blocks of queries, of keys]; None where that is known to be all."""
-        if isinstance(self.steps, int) and self.steps == self.spec.capacity:
-            return None
-        code, visits = self.spec.code, self.scalars.visits.reshape(self.spec.rows, -1)
-        none = jnp.zeros((self.spec.rows, code.queries, code.keys), bool)
-        return none.at[jnp.arange(self.spec.rows)[:, None], code.query(visits), code.key(visits)].set(True)
 
     def bias_of(self, named: dict[str, Any], visit: Any) -> Diagonals | PairBlock | None:
         """The bias of a visit; takes its references out of `named`."""
@@ -157,6 +150,15 @@ def _work(mask: ResolvedMask, spec: Spec) -> WorkList:
     size, known = (code.queries * blocks.queries, code.keys * blocks.keys), mask.known()
     work = work_list.build((known or mask).padded(*size), code, spec.rows, blocks.queries, blocks.keys)
     return work if known is None else WorkList(jnp.asarray(work.visits[: work.steps]), int(work.steps))
+
+
+def _written(work: WorkList, spec: Spec) -> jax.Array | None:
+    """Which blocks any visit is to: bool [rows, blocks of queries, of keys]; None where that is known to be all."""
+    if isinstance(work.steps, int) and work.steps == spec.capacity:
+        return None
+    code, visits = spec.code, work.visits.reshape(spec.rows, -1)
+    none = jnp.zeros((spec.rows, code.queries, code.keys), bool)
+    return none.at[jnp.arange(spec.rows)[:, None], code.query(visits), code.key(visits)].set(True)
 
 
 def code_of(problem: Problem, blocks: Blocks) -> Code:
@@ -232,15 +234,15 @@ def bias_operands(
     """What a bias adds to a kernel's inputs, outputs and scratch."""
     if call.bias is None:
         return {}, {}, {}
-    array, shape = call.bias.laid_out(), call.problem.shape
+    array, shape = call.bias.values(), call.problem.shape
     sums = shape_like((shape.batch, shape.heads, *array.shape[2:]), array, jnp.float32)
     if isinstance(call.bias, ByPair):
         values, d_values = (by_pair(x, call.spec.blocks, query, key) for x in (array, sums))
         return {"bias": values}, {"d_bias": d_values} if backward else {}, {}
-    scratch = dict.fromkeys(("laid", "sums") if backward else ("laid",))
-    room = Diagonals.scratch(call.spec.blocks, array, len(scratch))
-    outputs = {"d_bias": by_head(sums, query)} if backward else {}
-    return {"bias": by_head(array, query)}, outputs, dict.fromkeys(scratch, room)
+    names = ["laid", "sums"] if backward else ["laid"]
+    room = Diagonals.scratch(call.spec.blocks, array, len(names))
+    scratch: dict[str, Any] = dict.fromkeys(names, room)
+    return {"bias": by_head(array, query)}, {"d_bias": by_head(sums, query)} if backward else {}, scratch
 
 
 def sides(call: Call, query: Place, key: Place) -> dict[str, Operand]:

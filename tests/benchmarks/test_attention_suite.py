@@ -139,6 +139,10 @@ def test_growth_against_the_next_shorter_length() -> None:
     rows += [line | {"length": 8, "refused": "why"}, line | {"length": 9, "temporaries": 9, "implementation": "y"}]
     history.add_growth(rows)
     assert [round(row.get("growth", 0), 2) for row in rows] == [3.91, 0, 1.0, 0, 0]
+    for growth in (-0.1, 0.0, 1.0):
+        row = rows[0] | {"case": "long/4", "growth": growth}
+        assert history.compare([row], [row]) == []
+        assert len(history.compare([row], [row | {"growth": growth + 0.1}])) == 1
 
 
 def test_columns_are_those_that_rows_have() -> None:

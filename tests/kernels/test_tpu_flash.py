@@ -2,13 +2,14 @@
 
 from functools import partial
 from itertools import combinations, cycle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.kernels import Bias, Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout
+from zoo.kernels import Bias, Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout, tpu_pair_bias
 from zoo.kernels.problem import Origin, build
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_flash import TpuFlash
@@ -196,7 +197,6 @@ def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int)
     np.testing.assert_allclose(result.lse, expected.lse, rtol=1e-6, atol=1e-5)
 
 
-@pytest.mark.numbers
 @pytest.mark.parametrize(
     ("mask", "queries", "first"),
     [
@@ -253,11 +253,29 @@ def test_through_dispatch() -> None:
 @pytest.mark.parametrize("bias", ["t5", "absolute", "array", "array_of_keys"])
 def test_keys_in_parts(bias: str) -> None:
     """The backward pass cuts keys into parts whose sums fit VMEM; a bias is laid out for each visit alone."""
-    problem = build(*arrays(("causal",))[:3], Mask(causal=True))
+    problem = build(*arrays(("causal",))[:3], **options(("causal", bias)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tpu_blocks.CHIPS, "v5e", tpu_blocks.Chip(("TPU v5 lite",), 2**19))
-        assert tpu_flash.keys_of_part(problem, BACKWARD) == 256
+        assert tpu_flash.key_parts(problem, BACKWARD) == [slice(0, 256), slice(256, S)]
         compare(flash(False), ("causal", "dropout", "segments", bias))
+
+
+@pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
+def test_a_bias_may_hold_anything_where_the_mask_hides(wrong: float) -> None:
+    """The logarithm of a distance, say, under a causal mask."""
+    q, k, v, d_out, _ = arrays(("causal",))
+
+    def gradients(attend, hidden: float) -> tuple:
+        bias = jnp.where(np.tri(T, S, dtype=bool), 0.5, hidden)
+
+        def loss(*learned: jax.Array) -> jax.Array:
+            return jnp.sum(attend(build(*learned[:3], Mask(causal=True), bias=learned[3])).output * d_out)
+
+        return jax.grad(loss, (0, 1, 2, 3))(q, k, v, bias)
+
+    expected, result = gradients(reference.attend, 0.0), gradients(partial(engine.attend, flash(False)), wrong)
+    for a, b in zip(expected, result, strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=2e-5 * max(1, np.abs(a).max()))
 
 
 @pytest.mark.numbers
@@ -280,10 +298,12 @@ def test_array_that_broadcasts(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.numbers
-def test_bias_under_dispatch() -> None:
+@pytest.mark.parametrize("name", ["t5", "absolute"])
+def test_bias_under_dispatch(name: str) -> None:
     """Sinks, grouped heads, packed documents that number their positions anew, a caller's vmap."""
     q, k, v, *_ = arrays(("causal",))
-    q, table = q[:, :256], FEATURES["t5"]["bias"].tables
+    function, table = FEATURES[name]["bias"].function, FEATURES[name]["bias"].tables
+    q = q[:, :256]
     segments = np.sort(RNG.integers(0, 4, size=(B, 256)), axis=1)
     starts = np.stack([np.searchsorted(row, row) for row in segments])
     positions = np.arange(256) - starts
@@ -291,7 +311,7 @@ def test_bias_under_dispatch() -> None:
     def loss(impl: str, q, k, v, table) -> jax.Array:
         def one(q, k, v, segments, positions):
             mask = Mask(causal=True, segments=segments[None], positions=positions[None])
-            bias = Bias(t5, table)
+            bias = Bias(function, table)
             return attention(q[None], k[None, :256], v[None, :256], mask, bias=bias, sinks=jnp.ones(N), impl=impl)
 
         return jnp.sum(jnp.sin(jax.vmap(one)(q, k, v, segments, positions)))
@@ -327,6 +347,23 @@ def test_bfloat16(turned: bool) -> None:
         np.testing.assert_allclose(b.astype(jnp.float32), a, rtol=0, atol=1e-2 * np.abs(a).max())
 
 
+@pytest.mark.parametrize(
+    ("length", "bias", "size"),
+    [
+        (256, jnp.ones((2, 1, 256, 256)), 4 * 2 * 256**2),
+        (256, jnp.ones((1, 1, 1, 256)), 4 * 3 * 256**2),
+        (256, jnp.ones((1, 1, 256, 256), jnp.float16), 4 * 3 * 256**2),
+        (129, jnp.ones((1, 1, 129, 129), jnp.bfloat16), (4 * 2 + 2) * 256**2),
+        (2, Bias(absolute, jnp.ones((S, 1))), 4 * 4 * 128**2),
+        (2, Bias(alibi, jnp.ones(1)), 0),
+    ],
+)
+def test_bytes_of_a_bias_of_pairs(length: int, bias: Any, size: int) -> None:
+    """In whole blocks: the gradient, and a copy where the kernels cannot read the array as it lies."""
+    x = jnp.zeros((2, length, 1, 64))
+    assert tpu_pair_bias.bytes_of(build(x, x, x, Mask(), bias=bias)) == size
+
+
 def test_what_is_refused() -> None:
     def refusal(dtype=jnp.float32, h=64, length=256, **options):
         x = jnp.zeros((1, length, 1, h), dtype)
@@ -334,12 +371,12 @@ def test_what_is_refused() -> None:
 
     assert refusal() is None
     assert refusal(jnp.float16) == "its arguments are float16: it takes bfloat16 and float32"
-    beyond = "whose gradient takes 1.0 GiB a device, above 0.5"
     of_keys = Bias(lambda table, head, query, key: table[head] * key, jnp.ones(1))
     assert refusal(bias=of_keys) is None and refusal(bias=jnp.ones(())) is None
-    assert refusal(length=2**14, bias=jnp.ones(())) == f"its bias is an array, {beyond}"
+    beyond = "with its gradient that takes 2.0 GiB a device, above 0.5"
+    assert refusal(length=2**14, bias=jnp.ones(())) == f"its bias is an array: {beyond}"
     assert (
-        refusal(length=2**14, bias=of_keys) == f"its bias depends on more of the positions than key - query, {beyond}"
+        refusal(length=2**14, bias=of_keys) == f"its bias depends on more of the positions than key - query: {beyond}"
     )
     assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
     table = jnp.eye(4, dtype=bool)
