@@ -95,7 +95,8 @@ def temporaries(problem: Problem) -> int:
     keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
     parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
-    return 2 * (queries + keys) * sum(widths) + partial_sums + tpu_pair_bias.bytes_of(p)
+    of_bias = tpu_pair_bias.bytes_of(p) * (2 if parts > 1 else 1)
+    return 2 * (queries + keys) * sum(widths) + partial_sums + of_bias
 
 
 def or_chunked(problem: Problem) -> Engine:

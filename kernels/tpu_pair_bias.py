@@ -50,6 +50,8 @@ def _taken(dtype: jnp.dtype) -> bool:
 def refusal(problem: Problem) -> str | None:
     """Why the kernels cannot take the call's bias, or None."""
     size, bias = bytes_of(problem), problem.bias
+    if size and tpu_blocks.chip() == "v4" and problem.q.dtype == jnp.float32 and problem.shape.head_dim > 128:
+        return "v4 has no room for a bias of pairs beside heads of more than 128 in float32"
     own = bias.nbytes if isinstance(bias, jax.Array) else 0
     if size <= max(MOST_BYTES, own):
         return None
