@@ -112,11 +112,16 @@ def _tile(
     over = (1, 0) if turned else (1, 1)
     x, capped = scores(spec, product(spec, o.k[keys, :], q, over))
     lse, delta = o.rows[0:1, part], o.delta[:, part]
-    if pairs.bias is not None:
-        # On v5e added to the scores it would take 7 % more bundles.
-        lse = lse - pairs.bias.tile(key, part.start, x.shape)
-    x = x - lse
-    weights = jnp.exp2(pairs.masked(x, key, part.start) if masked else x)
+
+    def hidden(x: jax.Array) -> jax.Array:
+        return pairs.masked(x, key, part.start) if masked else x
+
+    if pairs.bias is None:
+        x = hidden(x) - lse
+    else:
+        # On v5e added to the scores it would take 7 % more bundles. Hidden last, it may hold anything at masked pairs.
+        x = hidden(x - (lse - pairs.bias.tile(key, part.start, x.shape)))
+    weights = jnp.exp2(x)
     d_weights = product(spec, o.v[keys, :], d_out, over)
     if spec.dropout:
         d_weights = pairs.dropped(d_weights, key, part.start) * (1 / (1 - spec.dropout))
