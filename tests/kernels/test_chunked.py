@@ -178,6 +178,7 @@ def temporaries(length: int) -> int:
     return step.lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.numbers
 def test_memory_is_linear_in_length():
     lengths = [2048, 4096, 8192, 16384, 32768]
     sizes = [temporaries(length) for length in lengths]

@@ -104,12 +104,14 @@ def test_ring_over_eight_devices(case: str) -> None:
     equals_whole(case, "ring", LENGTH, mesh_of(x=8))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("case", CASES)
 def test_ulysses_over_four_devices(case: str) -> None:
     """Two of which share each key/value head."""
     equals_whole(case, "ulysses", LENGTH, mesh_of(x=4))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize(("impl", "case"), [("ring", "packed"), ("ring", "prefix"), ("ulysses", "packed")])
 def test_rows_length_and_heads_cut_by_the_rules(impl: str, case: str) -> None:
     equals_whole(case, impl, None, sharding.make_mesh("data=2,sequence=2,tensor=2"))
@@ -223,6 +225,7 @@ def test_causal_masks_alone_are_laid_in_zigzag_order() -> None:
         assert transfers(Mask(window=(5, 5))) < transfers(Mask(causal=True)) == transfers(Mask(window=5))
 
 
+@pytest.mark.numbers
 def test_memory_is_linear_and_no_device_gathers_keys() -> None:
     def compiled(length: int) -> Any:
         shape = jax.ShapeDtypeStruct((1, length, 4, 32), jnp.float32)

@@ -164,6 +164,7 @@ def test_pairs_of_features(features: tuple[str, ...]) -> None:
     compare(flash(turned="causal" in features), features)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("rise", [10.0, 60.0, 400.0])
 def test_scores_that_outgrow_the_reference(rise: float) -> None:
     """Keys are visited from the last to the first: the first have scores that are greater by `rise`."""
@@ -250,7 +251,7 @@ def test_through_dispatch() -> None:
 
 
 @pytest.mark.numbers
-@pytest.mark.parametrize("bias", ["t5", "absolute", "array", "array_of_keys"])
+@pytest.mark.parametrize("bias", ["t5", "absolute", "array"])
 def test_keys_in_parts(bias: str) -> None:
     """The backward pass cuts keys into parts whose sums fit VMEM; a bias is laid out for each visit alone."""
     problem = build(*arrays(("causal",))[:3], **options(("causal", bias)))
@@ -260,6 +261,7 @@ def test_keys_in_parts(bias: str) -> None:
         compare(flash(False), ("causal", "dropout", "segments", bias))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("wrong", [jnp.nan, jnp.inf])
 def test_a_bias_may_hold_anything_where_the_mask_hides(wrong: float) -> None:
     """The logarithm of a distance, say, under a causal mask."""

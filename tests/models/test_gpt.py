@@ -116,6 +116,7 @@ def test_no_token_sees_what_follows_and_a_band_ends() -> None:
     np.testing.assert_array_equal(reaches, (distance >= 0) & (distance <= 4))
 
 
+@pytest.mark.numbers
 def test_cached_decoding_equals_the_full_pass() -> None:
     model = lively()
     expected = logits_of(model, TOKENS)
@@ -183,6 +184,7 @@ def unsharded() -> tuple[jax.Array, GPT]:
     return jax.jit(jax.value_and_grad(loss))(lively(DROPPING), jnp.tile(TOKENS, (2, 1)))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("layout", ["data=2,fsdp=2,tensor=2", "tensor=4,sequence=2"])
 def test_sharded_equals_unsharded_with_dropout(layout, unsharded) -> None:
     expected, gradient = unsharded

@@ -107,6 +107,7 @@ def test_every_parameter_is_used(unsharded) -> None:
         assert jnp.abs(leaf).max() > 1e-7 or ".attention.key.bias" in name, name
 
 
+@pytest.mark.numbers
 def test_images_of_a_batch_do_not_meet() -> None:
     model = lively()
     out = predicted(model, IMAGES, TIME)
