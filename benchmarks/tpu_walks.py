@@ -10,7 +10,7 @@ import numpy as np
 from benchmarks import tpu
 from benchmarks.attention_cases import Case, shapes
 from benchmarks.tpu_bound import Operand, Part, Step, padded
-from zoo.kernels import tpu_blocks, tpu_flash, tpu_layout, work_list
+from zoo.kernels import tpu_blocks, tpu_call, tpu_flash, work_list
 from zoo.kernels.mask import resolve
 from zoo.kernels.problem import build
 from zoo.kernels.tpu_blocks import Blocks
@@ -128,7 +128,7 @@ def flash_parts(case: Case, dtype: str, chip: str, mode: str, blocks: Blocks | N
             cut = tpu_flash.key_parts(problem, sizes) if backward else [slice(0, case.keys)]
             for part in cut:
                 of_part = problem.replace(k=k[:, part], v=v[:, part], mask=tpu_flash.mask_of_part(problem.mask, part))
-                spec = tpu_layout.Call.of(of_part, sizes).spec
+                spec = tpu_call.Call.of(of_part, sizes).spec
                 walk = Flash(case, spec, F32 if len(cut) > 1 else spec.dtype.itemsize)
                 parts.append(walk.part(direction, tpu_flash.mask_of_part(mask, part)))
 

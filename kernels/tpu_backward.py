@@ -44,9 +44,9 @@ class Operands(NamedTuple):
     d_out_turned: Any = None
 
 
-def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array, ends: tuple) -> None:
+def visit(spec: Spec, o: Operands, pairs: Pairs, ends: tuple) -> None:
     """ends: whether this is the first, and the last, visit of the key/value head."""
-    blocks, key_block = spec.blocks, pairs.key_block
+    blocks, flags, key_block = spec.blocks, pairs.flags, pairs.key_block
     first, last = ends
 
     @pl.when(first)

@@ -23,6 +23,7 @@ from zoo.kernels.bias import Bias
 from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import LANES, Blocks, chip, vmem
+from zoo.kernels.tpu_layout import Buffers, Place, by_head, shape_like
 
 LOG2_E = 1.4426950408889634
 
@@ -145,19 +146,35 @@ class ByDistance(NamedTuple):
     """The distances of a call, and the bias of each.
 
     distances: key - query in positions, int32 [r, D], D = T + S padded to whole blocks: from S keys ahead of the first
-    query, descending. Those that only padding has repeat the last that are real.
+    query, descending. Those that only padding has repeat the last that are real. batch: B; key_blocks: how many.
     """
 
     bias: Bias
     heads: jax.Array
     distances: jax.Array
+    batch: int
+    blocks: Blocks
+    key_blocks: int
 
     @classmethod
-    def of(cls, problem: Problem, offset: jax.Array, queries: int, keys: int) -> "ByDistance":
+    def of(cls, problem: Problem, blocks: Blocks, offset: jax.Array, queries: int, keys: int) -> "ByDistance":
         """offset: of `apart`; queries, keys: padded."""
-        places = jnp.clip(keys - jnp.arange(queries + keys), 1 - problem.shape.queries, problem.shape.keys - 1)
-        assert isinstance(problem.bias, Bias)
-        return cls(problem.bias, problem.heads, places.astype(jnp.int32) + offset)
+        p, shape = problem, problem.shape
+        assert isinstance(p.bias, Bias)
+        places = jnp.clip(keys - jnp.arange(queries + keys), 1 - shape.queries, shape.keys - 1)
+        return cls(p.bias, p.heads, places.astype(jnp.int32) + offset, shape.batch, blocks, keys // blocks.keys)
+
+    def buffers(self, query: Place, key: Place, *, backward: bool) -> Buffers:
+        """What it adds to a kernel's."""
+        array, names = self.values(), ["laid", "sums"] if backward else ["laid"]
+        sums = shape_like((self.batch, *array.shape[1:]), array, jnp.float32)
+        scratch = dict.fromkeys(names, Diagonals.scratch(self.blocks, array, len(names)))
+        return Buffers({"bias": by_head(array, query)}, {"d_bias": by_head(sums, query)} if backward else {}, scratch)
+
+    def at(self, visit: tuple, named: dict[str, Any]) -> "Diagonals":
+        """In a kernel; takes its references out of `named`."""
+        references = [named.pop(name, None) for name in ("bias", "laid", "sums", "d_bias")]
+        return Diagonals(self.blocks, self.key_blocks, visit, *references)
 
     def _by_distance(self, tables: Any) -> jax.Array:
         shape = (self.distances.shape[0], self.heads.shape[0], 1, self.distances.shape[1])

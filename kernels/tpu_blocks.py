@@ -31,6 +31,15 @@ class Blocks(NamedTuple):
     step: int
     turned: bool = False
 
+    def counts(self, queries: int, keys: int) -> tuple[int, int]:
+        """How many blocks these lengths take."""
+        return -(-queries // self.queries), -(-keys // self.keys)
+
+    def padded(self, queries: int, keys: int) -> tuple[int, int]:
+        """These lengths in whole blocks."""
+        of_queries, of_keys = self.counts(queries, keys)
+        return of_queries * self.queries, of_keys * self.keys
+
 
 class Entry(NamedTuple):
     """One line of the table, taken by the first call that it fits; what is None fits all. Lengths and sizes: at most.

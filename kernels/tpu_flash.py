@@ -1,12 +1,13 @@
 """`tpu_flash`: attention in Pallas kernels for TPUs, linear memory, what a mask empties neither loaded nor computed.
 
 The grid runs over rows, heads and the visits of the work list; the number of visits is known at run time. What the
-kernels do at a visit stands in tpu_forward and tpu_backward, how their arrays lie in tpu_layout.
+kernels do at a visit stands in tpu_forward and tpu_backward, how their arrays lie in tpu_layout, and what a call tells
+them in tpu_call.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,17 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from zoo.kernels import chunked, tpu_backward, tpu_bias, tpu_blocks, tpu_forward, tpu_layout, tpu_pair_bias, work_list
+from zoo.kernels import (
+    chunked,
+    tpu_backward,
+    tpu_bias,
+    tpu_blocks,
+    tpu_call,
+    tpu_forward,
+    tpu_layout,
+    tpu_pair_bias,
+    work_list,
+)
 from zoo.kernels.bias import Bias, Given
 from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
@@ -23,8 +34,9 @@ from zoo.kernels.memory import platform
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_bias import LOG2_E
 from zoo.kernels.tpu_blocks import Blocks
-from zoo.kernels.tpu_layout import Call, Operand
-from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Scalars
+from zoo.kernels.tpu_call import Call
+from zoo.kernels.tpu_layout import Buffers
+from zoo.kernels.tpu_pairs import SUBLANES, Scalars
 
 
 class TpuFlash(NamedTuple):
@@ -71,11 +83,11 @@ def supports(problem: Problem) -> str | None:
         return refused
     if captures(p.mask.rules.where):
         return "its mask's where= uses arrays from outside: a kernel takes functions of the two positions alone"
-    rows, backward = tpu_layout.mask_rows(p.mask), tpu_blocks.find("backward", p)
+    rows, backward = tpu_call.mask_rows(p.mask), tpu_blocks.find("backward", p)
     part = min(shape.keys, keys_of_part(p, backward))
     for code in (
-        tpu_layout.code_of(p, tpu_blocks.find("forward", p)),
-        dataclasses.replace(tpu_layout.code_of(p, backward), keys=-(-part // backward.keys)),
+        tpu_call.code_of(p, tpu_blocks.find("forward", p)),
+        dataclasses.replace(tpu_call.code_of(p, backward), keys=-(-part // backward.keys)),
     ):
         if code.bits > 31 or rows * code.queries * code.keys > work_list.MOST_PAIRS:
             return f"{rows} rows of {shape.queries} x {shape.keys} pairs make too long a list of blocks"
@@ -91,8 +103,8 @@ def temporaries(problem: Problem) -> int:
     p, shape, lanes = problem, problem.shape, tpu_blocks.LANES
     blocks = tpu_blocks.find("backward", p)
     widths = [-(-width // lanes) * lanes * p.q.dtype.itemsize for width in (shape.head_dim, p.v.shape[-1])]
-    queries = shape.batch * shape.heads * -(-shape.queries // blocks.queries) * blocks.queries
-    keys = shape.batch * shape.kv_heads * -(-shape.keys // blocks.keys) * blocks.keys
+    lengths = blocks.padded(shape.queries, shape.keys)
+    queries, keys = (shape.batch * n * length for n, length in zip((shape.heads, shape.kv_heads), lengths, strict=True))
     parts = len(key_parts(p, blocks))
     partial_sums = parts * queries * widths[0] * 4 // p.q.dtype.itemsize if parts > 1 else 0
     of_bias = tpu_pair_bias.bytes_of(p) * (2 if parts > 1 else 1)
@@ -118,26 +130,18 @@ def captures(where: Where | None) -> bool:
     return bool(jax.make_jaxpr(where)(one, one).consts)
 
 
-Kernel = Callable[[Scalars, tuple[Any, Any], dict[str, Any]], None]
+Kernel = Callable[[Scalars, dict[str, Any]], None]
 
 
-def _run(
-    call: Call,
-    direction: str,
-    grid: tuple,
-    kernel: Kernel,
-    inputs: Mapping[str, Operand],
-    outputs: Mapping[str, Operand],
-    scratch: Mapping[str, Any],
-    interpret: bool,
-) -> Any:
-    """kernel(scalars, references of the sides, references by name) at every point of the grid."""
-    count = len(Scalars._fields)
+def _run(call: Call, direction: str, grid: tuple, kernel: Kernel, buffers: Buffers, interpret: bool) -> Any:
+    """kernel(scalars, references by name) at every point of the grid."""
+    count, (inputs, outputs, scratch) = len(Scalars._fields), buffers
 
     def body(*references: Any) -> None:
-        named = dict(zip((*inputs, *outputs, *scratch), references[count:], strict=True))
-        sides = named.pop("query_side", None), named.pop("key_side", None)
-        kernel(Scalars(*references[:count]), sides, named)
+        kernel(
+            Scalars(*references[:count]),
+            dict(zip((*inputs, *outputs, *scratch), references[count:], strict=True)),
+        )
 
     run = pl.pallas_call(
         body,
@@ -160,6 +164,20 @@ def _run(
 
 
 def _forward(call: Call, interpret: bool) -> Output:
+    spec, shape = call.spec, call.problem.shape
+
+    def kernel(scalars: Scalars, named: dict[str, Any]) -> None:
+        b, n, step = (pl.program_id(i) for i in range(3))
+        pairs = call.pairs(scalars, named, b, n, step)
+        pairs.before(step == 0)
+        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs)
+
+    grid = (shape.batch, shape.heads, call.steps)
+    out, lse = _run(call, "forward", grid, kernel, _forward_buffers(call), interpret)
+    return Output(tpu_layout.restored(out, shape.queries, shape.heads), lse[:, :, 0, : shape.queries])
+
+
+def _forward_buffers(call: Call) -> Buffers:
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     t, h, value = blocks.queries, shape.head_dim, p.v.shape[-1]
 
@@ -173,7 +191,7 @@ def _forward(call: Call, interpret: bool) -> Output:
         "q": tpu_layout.heads(p.q, call.queries, t, query),
         "k": tpu_layout.heads(p.k, call.keys, blocks.keys, key),
         "v": tpu_layout.heads(p.v, call.keys, blocks.keys, key),
-        **tpu_layout.sides(call, query, key),
+        **call.sides(query, key),
     }
     lse = tpu_layout.shape_like((shape.batch, shape.heads, 1, call.queries), p.q, jnp.float32)
     outputs = {
@@ -187,22 +205,7 @@ def _forward(call: Call, interpret: bool) -> Output:
         "scaled": pltpu.VMEM((h, t) if blocks.turned else (t, h), p.q.dtype),
         "state": pltpu.SMEM((3,), jnp.int32),
     }
-    bias_in, bias_out, bias_scratch = tpu_layout.bias_operands(call, query, key, backward=False)
-
-    def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
-        b, n, step = (pl.program_id(i) for i in range(3))
-        visit = call.visit(scalars, b, step)
-        flags, bias = spec.code.flags(visit), call.bias_of(named, visit)
-        if bias is not None:
-            bias.before(step == 0, flags)
-        at = spec.code.query(visit), spec.code.key(visit)
-        pairs = Pairs(spec, scalars, at, sides, b, n, bias)
-        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs, flags)
-
-    grid = (shape.batch, shape.heads, call.steps)
-    operands = inputs | bias_in, outputs | bias_out, scratch | bias_scratch
-    out, lse = _run(call, "forward", grid, kernel, *operands, interpret)
-    return Output(tpu_layout.restored(out, shape.queries, shape.heads), lse[:, :, 0, : shape.queries])
+    return Buffers(inputs, outputs, scratch).join(call.bias_buffers(query, key, backward=False))
 
 
 def _backward(problem: Problem, blocks: Blocks, output: Output, gradient: Output, interpret: bool) -> Learned:
@@ -276,16 +279,33 @@ def keys_of_part(problem: Problem, blocks: Blocks) -> int:
     return max(1, budget // (a_key * blocks.keys)) * blocks.keys
 
 
-def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
-    """[B, N, 2, T padded]; a query that only pads has the weights exp(x - inf)."""
-    extra = ((0, 0), (0, 0), (0, call.queries - lse.shape[2]))
-    return jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(d_lse, extra)], axis=2)
-
-
 def _backward_part(
     call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any, interpret: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array, Any]:
     """Gradients of q, k, v and of a bias or its tables; lse in base 2, +inf of an empty row."""
+    spec, shape = call.spec, call.problem.shape
+
+    def kernel(scalars: Scalars, named: dict[str, Any]) -> None:
+        b, k, g, step = (pl.program_id(i) for i in range(4))
+        last_step = pl.num_programs(3) - 1
+        ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
+        pairs = call.pairs(scalars, named, b, k * spec.group + g, step)
+        pairs.before(step == 0)
+        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, ends)
+        pairs.after(step == last_step)
+
+    grid = (shape.batch, shape.kv_heads, spec.group, call.steps)
+    buffers = _backward_buffers(call, out, lse, gradient, d_q_dtype)
+    d_q, d_k, d_v, *d_bias = _run(call, "backward", grid, kernel, buffers, interpret)
+    return (
+        tpu_layout.restored(d_q, shape.queries, shape.heads),
+        tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
+        tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
+        None if call.bias is None else call.bias.gradient(*d_bias),
+    )
+
+
+def _backward_buffers(call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any) -> Buffers:
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
     b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
 
@@ -305,7 +325,7 @@ def _backward_part(
         "rows": tpu_layout.by_row(_padded_rows(call, lse, gradient.lse), t, query),
         "k": tpu_layout.heads(p.k, s, blocks.keys, key),
         "v": tpu_layout.heads(p.v, s, blocks.keys, key),
-        **tpu_layout.sides(call, query, key),
+        **call.sides(query, key),
     }
     outputs = {
         "d_q": tpu_layout.result((b, call.queries, shape.heads, h), p.q, t, query, d_q_dtype),
@@ -324,27 +344,10 @@ def _backward_part(
         "sum_k": kept(s, h, jnp.float32),
         "sum_v": kept(s, value, jnp.float32),
     }
-    bias_in, bias_out, bias_scratch = tpu_layout.bias_operands(call, query, key, backward=True)
+    return Buffers(inputs, outputs, scratch).join(call.bias_buffers(query, key, backward=True))
 
-    def kernel(scalars: Scalars, sides: tuple[Any, Any], named: dict[str, Any]) -> None:
-        b, k, g, step = (pl.program_id(i) for i in range(4))
-        visit, last_step = call.visit(scalars, b, step), pl.num_programs(3) - 1
-        flags, bias = spec.code.flags(visit), call.bias_of(named, visit)
-        if bias is not None:
-            bias.before(step == 0, flags)
-        ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
-        at = spec.code.query(visit), spec.code.key(visit)
-        pairs = Pairs(spec, scalars, at, sides, b, k * spec.group + g, bias)
-        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, flags, ends)
-        if bias is not None:
-            bias.after(step == last_step, flags)
 
-    grid = (b, shape.kv_heads, spec.group, call.steps)
-    operands = inputs | bias_in, outputs | bias_out, scratch | bias_scratch
-    d_q, d_k, d_v, *d_bias = _run(call, "backward", grid, kernel, *operands, interpret)
-    return (
-        tpu_layout.restored(d_q, shape.queries, shape.heads),
-        tpu_layout.restored(d_k, shape.keys, shape.kv_heads),
-        tpu_layout.restored(d_v, shape.keys, shape.kv_heads),
-        None if call.bias is None else call.bias.gradient(*d_bias),
-    )
+def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
+    """[B, N, 2, T padded]; a query that only pads has the weights exp(x - inf)."""
+    extra = ((0, 0), (0, 0), (0, call.queries - lse.shape[2]))
+    return jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(d_lse, extra)], axis=2)

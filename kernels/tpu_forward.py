@@ -50,8 +50,8 @@ class Operands(NamedTuple):
     state: Any
 
 
-def visit(spec: Spec, o: Operands, pairs: Pairs, flags: jax.Array) -> None:
-    blocks = spec.blocks
+def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
+    blocks, flags = spec.blocks, pairs.flags
     whole = (flags & WHOLE) != 0
 
     @pl.when((flags & FIRST) != 0)

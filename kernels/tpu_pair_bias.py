@@ -4,6 +4,7 @@ A visit reads its block of the array and writes the block of its gradient, both 
 visit writes are known from the work list. Both arrays are quadratic in length, so that a call is taken up to a size.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,9 +16,10 @@ from zoo.kernels import bias as biases
 from zoo.kernels import tpu_blocks
 from zoo.kernels.bias import Bias
 from zoo.kernels.mask import ResolvedMask, Side
-from zoo.kernels.problem import Problem, varying_axes, varying_over
+from zoo.kernels.problem import Problem, Shape, varying_axes, varying_over
 from zoo.kernels.tpu_bias import LOG2_E, by_distance
 from zoo.kernels.tpu_blocks import Blocks
+from zoo.kernels.tpu_layout import Buffers, Place, by_pair, shape_like
 from zoo.kernels.work_list import WHOLE
 
 MOST_BYTES = 2**29
@@ -31,9 +33,9 @@ def bytes_of(problem: Problem) -> int:
         return 0
     pairs, exact = 0, True
     for blocks in (tpu_blocks.find("forward", p), tpu_blocks.find("backward", p)):
-        size = [-(-x // block) * block for x, block in zip((shape.queries, shape.keys), blocks[:2], strict=True)]
-        pairs = max(pairs, size[0] * size[1])
-        exact &= isinstance(p.bias, jax.Array) and p.bias.shape[2:] == tuple(size) and _taken(p.bias.dtype)
+        size = blocks.padded(shape.queries, shape.keys)
+        pairs = max(pairs, math.prod(size))
+        exact &= isinstance(p.bias, jax.Array) and p.bias.shape[2:] == size and _taken(p.bias.dtype)
     gradient = 4 * shape.batch * shape.heads * pairs
     if exact:
         return gradient
@@ -62,25 +64,36 @@ def refusal(problem: Problem) -> str | None:
 class ByPair(NamedTuple):
     """The bias of a call.
 
-    shape: of the scores, [B, N, T, S]; query, key: sides of the mask, padded to whole blocks; written: bool
-    [1 or B, blocks of queries, of keys], of those that a visit is to, or None where that is known to be all.
+    shape: of the call; query, key: sides of the mask, padded to whole blocks; written(): bool [1 or B, blocks of
+    queries, of keys], of those that a visit is to, or None where that is known to be all.
     """
 
     bias: jax.Array | Bias
     heads: jax.Array
-    shape: tuple[int, int, int, int]
+    shape: Shape
     query: Side
     key: Side
     blocks: Blocks
-    written: jax.Array | None
+    written: Callable[[], jax.Array | None]
 
     @classmethod
-    def of(cls, problem: Problem, mask: ResolvedMask, blocks: Blocks, written: jax.Array | None) -> "ByPair":
+    def of(
+        cls, problem: Problem, mask: ResolvedMask, blocks: Blocks, written: Callable[[], jax.Array | None]
+    ) -> "ByPair":
         """mask: padded."""
-        p, shape = problem, problem.shape
-        assert p.bias is not None
-        size = (shape.batch, shape.heads, shape.queries, shape.keys)
-        return cls(p.bias, p.heads, size, mask.query, mask.key, blocks, written)
+        assert problem.bias is not None
+        return cls(problem.bias, problem.heads, problem.shape, mask.query, mask.key, blocks, written)
+
+    def buffers(self, query: Place, key: Place, *, backward: bool) -> Buffers:
+        """What it adds to a kernel's."""
+        array = self.values()
+        sums = shape_like((self.shape.batch, self.shape.heads, *self._padded), array, jnp.float32)
+        values, d_values = (by_pair(x, self.blocks, query, key) for x in (array, sums))
+        return Buffers({"bias": values}, {"d_bias": d_values} if backward else {})
+
+    def at(self, visit: tuple, named: dict[str, Any]) -> "PairBlock":
+        """In a kernel; takes its references out of `named`."""
+        return PairBlock(named.pop("bias"), named.pop("d_bias", None))
 
     @property
     def _padded(self) -> tuple[int, int]:
@@ -112,32 +125,33 @@ class ByPair(NamedTuple):
         """Like the array, or the tables, in float32; sums: gradient of the scores, [B, N, T, S], padded."""
         if isinstance(self.bias, Bias):
             return self._of_tables(self.bias, sums)
-        if self.written is not None:
-            there = jnp.repeat(jnp.repeat(self.written, self.blocks.queries, 1), self.blocks.keys, 2)
+        written = self.written()
+        if written is not None:
+            there = jnp.repeat(jnp.repeat(written, self.blocks.queries, 1), self.blocks.keys, 2)
             sums = jnp.where(there[:, None], sums, 0)
-        sums = sums[:, :, : self.shape[2], : self.shape[3]]
+        sums = sums[:, :, : self.shape.queries, : self.shape.keys]
         return sums.sum([axis for axis, size in enumerate(self.bias.shape) if size == 1], keepdims=True)
 
     def _of_tables(self, bias: Bias, sums: jax.Array) -> Any:
-        rows, step = self.blocks.rows, self.blocks.step
+        rows, step, written = self.blocks.rows, self.blocks.step, self.written()
 
         def add(total: Any, i: Any, j: Any) -> Any:
             scores = jax.lax.dynamic_slice(sums, (0, 0, i, j), (*sums.shape[:2], rows, step))
-            if self.written is not None:
-                there = self.written[:, i // self.blocks.queries, j // self.blocks.keys]
+            if written is not None:
+                there = written[:, i // self.blocks.queries, j // self.blocks.keys]
                 scores = jnp.where(there[:, None, None, None], scores, 0)
             return biases.add_gradient(total, bias, scores, self.heads, *self._sides(i, j), (0, 0))
 
-        return self._over_tiles(add, biases.zero_gradient(bias, jnp.dtype(jnp.float32)), sums)
+        return self._over_tiles(add, biases.zero_gradient(bias, jnp.dtype(jnp.float32)), sums, written)
 
     def _sides(self, i: Any, j: Any) -> tuple[Side, Side]:
         return self.query.block(i, self.blocks.rows), self.key.block(j, self.blocks.step)
 
-    def _over_tiles(self, body: Callable[[Any, Any, Any], Any], carry: Any, *others: jax.Array) -> Any:
+    def _over_tiles(self, body: Callable[[Any, Any, Any], Any], carry: Any, *others: jax.Array | None) -> Any:
         """The last carry of body(carry, first query, first key) over tiles; others: what it reads besides."""
         rows, step = self.blocks.rows, self.blocks.step
         across = self.key.length // step
-        carry = varying_over(carry, varying_axes((self.bias, self.heads, self.query, self.key, self.written, others)))
+        carry = varying_over(carry, varying_axes((self.bias, self.heads, self.query, self.key, others)))
 
         def one(n: jax.Array, carry: Any) -> Any:
             return body(carry, n // across * rows, n % across * step)

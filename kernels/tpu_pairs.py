@@ -106,23 +106,35 @@ def scores(spec: Spec, products: jax.Array) -> tuple[jax.Array, jax.Array | None
 class Pairs:
     """Which pairs of one visit the mask keeps and which dropout keeps, and their bias.
 
-    at: the visit's block of queries and of keys.
-    sides: references to int32 [3, t] and [3, s] of them: global index, position and segment; None where counted.
+    visit: as the work list has it.
+    sides: references to int32 [3, t] and [3, s] of its queries and keys: global index, position and segment; None where
+    counted.
     """
 
     def __init__(
         self,
         spec: Spec,
         scalars: Scalars,
-        at: tuple,
+        visit: jax.Array,
         sides: tuple[Any, Any],
         row: Any,
         head: Any,
         bias: Diagonals | PairBlock | None,
     ) -> None:
         self.spec, self.scalars, self.row, self.head, self.bias = spec, scalars, row, head, bias
-        self.query_block, self.key_block = at
+        self.flags = spec.code.flags(visit)
+        self.query_block, self.key_block = spec.code.query(visit), spec.code.key(visit)
         self.queries, self.keys = sides
+
+    def before(self, head_starts: Any) -> None:
+        """What comes before the visit."""
+        if self.bias is not None:
+            self.bias.before(head_starts, self.flags)
+
+    def after(self, head_ends: Any) -> None:
+        """What comes after the visit of a backward pass."""
+        if self.bias is not None:
+            self.bias.after(head_ends, self.flags)
 
     def own_keys(self) -> jax.Array:
         """Where in the visit's block of keys those lie that are at the positions of its queries."""

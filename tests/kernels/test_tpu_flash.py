@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zoo.kernels import Bias, Mask, attention, engine, reference, tpu_blocks, tpu_flash, tpu_layout, tpu_pair_bias
+from zoo.kernels import Bias, Mask, attention, engine, reference, tpu_blocks, tpu_call, tpu_flash, tpu_pair_bias
 from zoo.kernels.problem import Origin, build
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_flash import TpuFlash
@@ -190,7 +190,7 @@ def test_a_query_that_sees_itself(rise: float, turned: bool, queries_first: int)
     v = jax.random.normal(jax.random.key(0), k.shape)
     q = jnp.ones((1, keys - queries_first, 1, 64))
     problem = build(q, k, v, Mask(causal=True), scale=1.0, origin=Origin(query=queries_first))
-    call = tpu_layout.Call.of(problem, FORWARD)
+    call = tpu_call.Call.of(problem, FORWARD)
     assert call.spec.sees_itself
     expected, result = reference.attend(problem), engine.attend(flash(turned), problem)
     # A score, a sum of 64 products, is rounded to some 2^-21 of its size.
@@ -216,7 +216,7 @@ def test_a_query_that_may_not_see_itself(mask: Mask, queries: int, first: int) -
     """Or whose own key is in another block, or past the last."""
     q, k = jnp.ones((1, queries, 1, 64)), jnp.ones((1, 512, 1, 64))
     problem = build(q, k, k, mask, origin=Origin(query=first))
-    assert not tpu_layout.Call.of(problem, FORWARD).spec.sees_itself
+    assert not tpu_call.Call.of(problem, FORWARD).spec.sees_itself
 
 
 @pytest.mark.numbers
@@ -233,7 +233,7 @@ def test_a_query_that_may_not_see_itself(mask: Mask, queries: int, first: int) -
 )
 def test_strips_and_tiles(features: tuple[str, ...], turned: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of several strips, tiles of fewer queries than the block, more queries than keys in a block."""
-    monkeypatch.setattr(tpu_layout, "STRIP", 128)
+    monkeypatch.setattr(tpu_call, "STRIP", 128)
     compare(TpuFlash(Blocks(384, 256, 128, 128, turned), Blocks(384, 512, 128, 256, turned), interpret=True), features)
 
 
