@@ -54,19 +54,23 @@ def mask_array(case: Case) -> np.ndarray:
 
 
 def jax_nn(case: Case) -> Attend:
-    """jax.nn.dot_product_attention: causal attention where that is all, else the mask as an array."""
-    if case.queries == case.keys and case.document is None:
-        window = None if case.window is None else (case.window - 1, 0)
-        return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, is_causal=case.causal, local_window_size=window)
-    mask = mask_array(case)
-    return lambda q, k, v: jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+    """jax.nn.dot_product_attention."""
+    return by_flags(jax.nn.dot_product_attention, case)
+
+
+def by_flags(attention: Callable[..., jax.Array], case: Case) -> Attend:
+    """With jax.nn's arguments: flags where they say the mask, else the mask as an array."""
+    if case.needs_array(windows=True):
+        mask = mask_array(case)
+        return lambda q, k, v: attention(q, k, v, mask=jnp.asarray(mask))
+    window = None if case.window is None else (case.window - 1, 0)
+    return lambda q, k, v: attention(q, k, v, is_causal=case.causal, local_window_size=window)
 
 
 def torch_sdpa(case: Case) -> TorchAttention:
     """torch's scaled_dot_product_attention, with the mask as an array where it is not just causal."""
-    plain = case.window is None and case.document is None and case.queries == case.keys
     try:
-        return TorchAttention(case, None if plain else mask_array(case))
+        return TorchAttention(case, mask_array(case) if case.needs_array(windows=False) else None)
     except ImportError:
         raise Refused("torch is not installed: pip install torch") from None
 
@@ -91,13 +95,13 @@ def tokamax(case: Case) -> Attend:
     if platform() != jax.default_backend():
         raise Refused("it chooses by the devices that are here")
     try:
+        from absl import flags
         from tokamax import dot_product_attention
-    except ImportError:
-        raise Refused("tokamax is not installed: pip install tokamax") from None
-    if case.queries == case.keys and case.document is None and case.window is None:
-        return lambda q, k, v: dot_product_attention(q, k, v, is_causal=case.causal)
-    mask = mask_array(case)
-    return lambda q, k, v: dot_product_attention(q, k, v, mask=jnp.asarray(mask))
+    except (ImportError, SyntaxError):  # The latter with a typeguard that is not its own.
+        raise Refused("tokamax is not installed, or not with its own typeguard: see benchmarks/README.md") from None
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # Else it reads the command line of this program.
+    return by_flags(dot_product_attention, case)
 
 
 BUILD: dict[str, Build] = {

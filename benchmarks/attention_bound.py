@@ -1,10 +1,8 @@
 """Modelled lower bounds of whole attention calls on TPUs that are not there, beside the splash attention of others.
 
-    pip install -e ".[aot]"
-    pip install --no-deps tokamax==0.0.12 qwix einshape typeguard==2.13.3
-    pip install jaxtyping pydantic immutabledict
+    pip install -e ".[aot]"                                   and tokamax, as benchmarks/README.md says
     python -m benchmarks.attention_bound --chips v5e v6e
-    python -m benchmarks.attention_bound --peer splash        JAX's, for which the first line alone is needed
+    python -m benchmarks.attention_bound --peer splash        JAX's, for which tokamax is not needed
 
 One row of causal attention in bfloat16, arrays as each kernel reads them; `both` is forward and backward. A bound is
 made of static schedules walked with real trip counts, of bytes at the published bandwidth, and of the kernels around

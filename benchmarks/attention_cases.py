@@ -50,6 +50,12 @@ class Case:
     def name(self) -> str:
         return f"{self.family}/{self.keys}"
 
+    def needs_array(self, *, windows: bool) -> bool:
+        """Whether flags cannot say the mask: there is one for causal, and with `windows` one for causal windows."""
+        from_the_end = self.queries != self.keys and (self.causal or self.window is not None)
+        window = self.window is not None and not (windows and self.causal)
+        return from_the_end or window or self.document is not None
+
     def mask(self) -> Mask:
         segments = None
         if self.document is not None:

@@ -23,6 +23,7 @@ from jax.sharding import PartitionSpec
 
 from benchmarks import cuda, tpu
 from benchmarks.attention_cases import Case
+from benchmarks.measure import memory
 from benchmarks.splash import Sizes, jax_kernel
 from zoo.kernels import AttentionError, Mask, attention
 
@@ -43,10 +44,10 @@ def temporaries(impl: str, length: int, heads: int = 8, head_dim: int = 64, gpu:
 
     shapes = (shape,) * 4
     program = cuda.compile_for(gpu, step, *shapes) if gpu else jax.jit(step).lower(*shapes).compile()
-    memory = program.memory_analysis()
-    if memory is None:
+    size, _ = memory(program)
+    if size is None:
         raise SystemExit(f"the backend {jax.default_backend()} does not say what memory a program takes: use cpu")
-    return memory.temp_size_in_bytes
+    return size
 
 
 def tpu_temporaries(chip: str, length: int, impl: str = "tpu_flash", heads: int = 8, head_dim: int = 128) -> int:
@@ -62,7 +63,9 @@ def tpu_temporaries(chip: str, length: int, impl: str = "tpu_flash", heads: int 
         output, pull = jax.vjp(run or flash, q, k, v)
         return output, pull(gradient)
 
-    return tpu.compile_for(chip, step, *(shape,) * 4).memory_analysis().temp_size_in_bytes
+    size, _ = memory(tpu.compile_for(chip, step, *(shape,) * 4))
+    assert size is not None
+    return size
 
 
 def _splash(length: int, heads: int, head_dim: int) -> Callable[..., jax.Array]:

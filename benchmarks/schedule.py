@@ -47,8 +47,10 @@ def _problem(bounded: bool = False, bias: str | None = None) -> Any:
         options["bias"] = Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
 
     def problem(q: Any, k: Any, v: Any) -> Any:
+        if bias != "pairs":
+            return build(q, k, v, Mask(causal=True), **options)
         of_pairs = jnp.broadcast_to(q[:, None, :, :1, 0], (1, 1, LENGTH, LENGTH))
-        return build(q, k, v, Mask(causal=True), **options, **({"bias": of_pairs} if bias == "pairs" else {}))
+        return build(q, k, v, Mask(causal=True), bias=of_pairs)
 
     return shape, problem
 

@@ -52,7 +52,7 @@ def in_processes(function: Callable[..., Any], cases: Sequence[tuple], share: in
     Each process starts without libtpu, so that `prepare` can be called in it.
     """
     done: dict[tuple, Any] = {}
-    os.environ.update(QUIET)
+    prepare()
     spawn = multiprocessing.get_context("spawn")
     # One task each: after more of them processes may end unreplaced (https://github.com/python/cpython/issues/115634).
     pool = ProcessPoolExecutor(2, mp_context=spawn, max_tasks_per_child=1)

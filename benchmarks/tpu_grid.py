@@ -2,18 +2,20 @@
 
     pip install -e ".[aot]" && python -m benchmarks.tpu_grid
 
-bfloat16, 2 rows of 2048 queries and keys, 8 query heads over 2 key/value heads. `compiles` means that the compiler for
-that chip made a program of it within the chip's memories; nothing was run.
+2 rows of 2048 queries and keys, 8 query heads over 2 key/value heads, bfloat16 where the feature names no other.
+`compiles` means that the compiler for that chip made a program of it within the chip's memories; nothing was run.
 """
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from benchmarks import tpu
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 FEATURES = ("none", "causal", "window", "prefix", "segments", "positions", "lengths", "where", "soft_cap", "bound",
-            "alibi", "t5", "absolute", "array", "dropout", "odd_lengths", "float32", "all")  # fmt: skip
+            "alibi", "t5", "absolute", "array", "dropout", "odd_lengths", "all",
+            "float32", "float32_array", "float32_all")  # fmt: skip
 BATCH, LENGTH, HEADS, KV_HEADS = 2, 2048, 8, 2
 
 
@@ -24,8 +26,10 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
 
     from zoo.kernels import Bias, Mask, attention
 
+    dtype = jnp.float32 if feature.startswith("float32") else jnp.bfloat16
+    feature = feature.removeprefix("float32_")
+
     def mask(rows: jax.Array) -> Mask:
-        every = feature == "all"
         parts = {
             "causal": Mask(causal=True),
             "window": Mask(window=512),
@@ -37,7 +41,7 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
         }
         whole = Mask()
         for name, part in parts.items():
-            whole = whole & part if every or name == feature else whole
+            whole = whole & part if feature in (name, "all") else whole
         return whole
 
     def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
@@ -62,7 +66,7 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
     biases: dict[str, Any] = {
         "alibi": Bias(alibi, jnp.ones(HEADS)),
         "absolute": Bias(absolute, jnp.ones((32, HEADS))),
-        "array": jnp.ones((1, HEADS, LENGTH, LENGTH), jnp.bfloat16),
+        "array": jnp.ones((1, HEADS, LENGTH, LENGTH), dtype),
         **dict.fromkeys(("t5", "all"), Bias(t5, jnp.ones((32, HEADS)))),
     }
 
@@ -74,7 +78,6 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
         return out, pull(out)
 
     length = 1700 if feature == "odd_lengths" else LENGTH
-    dtype = jnp.float32 if feature == "float32" else jnp.bfloat16
     heads = [jax.ShapeDtypeStruct((BATCH, length, n, head_dim), dtype) for n in (HEADS, KV_HEADS, KV_HEADS)]
     return step, [*heads, jax.ShapeDtypeStruct((BATCH, length), jnp.int32)]
 
@@ -82,11 +85,13 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
 def compiles(chip: str, head_dim: int, feature: str) -> str:
     """ "compiles", or the first line of what the compiler said."""
     tpu.prepare()
+    from benchmarks.attention_cases import reason
+
     step, shapes = call(feature, head_dim)
     try:
         tpu.compile_for(chip, step, *shapes)
     except Exception as error:  # Whatever the compiler raises is the answer.
-        return str(error).strip().splitlines()[0][:200]
+        return reason(error)[:200]
     return "compiles"
 
 
@@ -98,14 +103,18 @@ def main() -> None:
     chips, features = given.chips, given.features
     cases = [(chip, head_dim, feature) for chip in chips for feature in features for head_dim in HEAD_DIMS]
     answers = tpu.in_processes(compiles, cases, share=20)
-    print("| chip | feature | " + " | ".join(f"H = {head_dim}" for head_dim in HEAD_DIMS) + " |")
-    print("|---|---|" + "---|" * len(HEAD_DIMS))
-    for chip in chips:
-        for feature in features:
-            row = [answers[chip, head_dim, feature] for head_dim in HEAD_DIMS]
-            print(f"| {chip} | {feature} | " + " | ".join(row) + " |")
-    good = sum(answer == "compiles" for answer in answers.values())
-    print(f"{good} of {len(cases)} compile")
+    print("\n".join(table(answers, chips, features)))
+
+
+def table(answers: dict[tuple, str], chips: Sequence[str], features: Sequence[str]) -> list[str]:
+    """Markdown: the head sizes that compile by feature and chip, and below what the compiler said of the others."""
+    lines = ["| feature | " + " | ".join(chips) + " |", "|---|" + "---|" * len(chips)]
+    for feature in features:
+        good = [[str(h) for h in HEAD_DIMS if answers[chip, h, feature] == "compiles"] for chip in chips]
+        lines.append(f"| {feature} | " + " | ".join(", ".join(sizes) or "-" for sizes in good) + " |")
+    refused = {case: answer for case, answer in answers.items() if answer != "compiles"}
+    lines += ["", f"{len(answers) - len(refused)} of {len(answers)} compile"]
+    return lines + [f"- {chip}, H = {h}, {feature}: {answer}" for (chip, h, feature), answer in refused.items()]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from zoo.kernels.tpu_pairs import Pairs, Spec, product, scores
+from zoo.kernels.tpu_visit import Visit, product, scores
 from zoo.kernels.work_list import FIRST, LAST, WHOLE
 
 
@@ -44,10 +44,10 @@ class Operands(NamedTuple):
     d_out_turned: Any = None
 
 
-def visit(spec: Spec, o: Operands, pairs: Pairs, ends: tuple) -> None:
+def step(o: Operands, visit: Visit, ends: tuple) -> None:
     """ends: whether this is the first, and the last, visit of the key/value head."""
-    blocks, flags, key_block = spec.blocks, pairs.flags, pairs.key_block
-    first, last = ends
+    spec, flags, key_block = visit.spec, visit.flags, visit.key_block
+    blocks, (first, last) = spec.blocks, ends
 
     @pl.when(first)
     def _clear() -> None:
@@ -70,7 +70,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, ends: tuple) -> None:
         for key in range(0, blocks.keys, blocks.step):
             for start in range(0, blocks.queries, blocks.rows):
                 part = slice(start, start + blocks.rows)
-                _tile(spec, o, pairs, key_block * blocks.keys + key, key, blocks.step, part, masked=False)
+                _tile(o, visit, key_block * blocks.keys + key, key, blocks.step, part, masked=False)
 
     @pl.when((flags & WHOLE) == 0)
     def _strips() -> None:
@@ -80,7 +80,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, ends: tuple) -> None:
                 key = pl.multiple_of(c * spec.strip, spec.strip)
                 offset = pl.multiple_of(key_block * blocks.keys + key, spec.strip)
                 for start in range(0, blocks.queries, blocks.rows):
-                    _tile(spec, o, pairs, offset, key, spec.strip, slice(start, start + blocks.rows), masked=True)
+                    _tile(o, visit, offset, key, spec.strip, slice(start, start + blocks.rows), masked=True)
 
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.code.strips), strip, None)
 
@@ -103,34 +103,33 @@ def visit(spec: Spec, o: Operands, pairs: Pairs, ends: tuple) -> None:
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(o.d_k.shape[0] // spec.strip), part, None)
 
 
-def _tile(
-    spec: Spec, o: Operands, pairs: Pairs, offset: Any, key: Any, size: int, part: slice, *, masked: bool
-) -> None:
+def _tile(o: Operands, visit: Visit, offset: Any, key: Any, size: int, part: slice, *, masked: bool) -> None:
     """What `size` keys, from `offset` in all and from `key` in the block, and a part of the queries give each other."""
-    turned, keys = spec.blocks.turned, pl.ds(key, size)
+    spec, keys = visit.spec, pl.ds(key, size)
+    turned = spec.blocks.turned
     q, d_out = (o.scaled[:, part], o.d_out_turned[:, part]) if turned else (o.scaled[part, :], o.d_out[part, :])
     over = (1, 0) if turned else (1, 1)
     x, capped = scores(spec, product(spec, o.k[keys, :], q, over))
     lse, delta = o.rows[0:1, part], o.delta[:, part]
 
     def hidden(x: jax.Array) -> jax.Array:
-        return pairs.masked(x, key, part.start) if masked else x
+        return visit.masked(x, key, part.start) if masked else x
 
-    if pairs.bias is None:
+    if visit.bias is None:
         x = hidden(x) - lse
     else:
-        # On v5e added to the scores it would take 7 % more bundles. Hidden last, it may hold anything at masked pairs.
-        x = hidden(x - (lse - pairs.bias.tile(key, part.start, x.shape)))
+        # On v5e added to the scores it would take 7 % more bundles. Hidden last, it may hold anything at masked visit.
+        x = hidden(x - (lse - visit.bias.tile(key, part.start, x.shape)))
     weights = jnp.exp2(x)
     d_weights = product(spec, o.v[keys, :], d_out, over)
     if spec.dropout:
-        d_weights = pairs.dropped(d_weights, key, part.start) * (1 / (1 - spec.dropout))
+        d_weights = visit.dropped(d_weights, key, part.start) * (1 / (1 - spec.dropout))
     d_x = weights * (d_weights - delta)
-    if pairs.bias is not None:
-        pairs.bias.add(d_x, key, part.start)
+    if visit.bias is not None:
+        visit.bias.add(d_x, key, part.start)
     if capped is not None:
         d_x *= 1 - capped * capped
-    weights = pairs.dropped(weights, key, part.start)
+    weights = visit.dropped(weights, key, part.start)
     d_x, weights = d_x.astype(spec.dtype), weights.astype(spec.dtype)
     places = pl.ds(offset, size)
     if turned:

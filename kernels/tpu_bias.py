@@ -11,6 +11,7 @@ places in the arrays, or piece by piece so, as in packed documents, is known onl
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.extend.core import Literal
 
 from zoo.kernels import bias as biases
-from zoo.kernels.bias import Bias
+from zoo.kernels.bias import Bias, BiasFunction
 from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import LANES, Blocks, chip, vmem
@@ -39,11 +40,27 @@ def by_distance(problem: Problem) -> bool:
     return isinstance(problem.bias, Bias) and depends_on_distance(problem.bias, problem.heads)
 
 
+_answers: WeakKeyDictionary[BiasFunction, dict[Any, bool]] = WeakKeyDictionary()
+"""Of `depends_on_distance`, which a call asks some ten times: by function, which is taken to be pure, and shapes."""
+
+
 def depends_on_distance(bias: Bias, heads: jax.Array) -> bool:
     """Whether the function stays the same where query and key move by the same number."""
     tables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), bias.tables)
-    shapes = (1, heads.size, 1, 1), (1, 1, 1, 1), (1, 1, 1, 2)
-    traced = jax.make_jaxpr(bias.function)(tables, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
+    leaves, tree = jax.tree.flatten(tables)
+    try:
+        known = _answers.setdefault(bias.function, {})
+    except TypeError:  # Of a named tuple, say, there are no weak references.
+        known = {}
+    of_shapes = tree, tuple(leaves), heads.size
+    if of_shapes not in known:
+        known[of_shapes] = _of_distance(bias.function, tables, heads.size)
+    return known[of_shapes]
+
+
+def _of_distance(function: BiasFunction, tables: Any, heads: int) -> bool:
+    shapes = (1, heads, 1, 1), (1, 1, 1, 1), (1, 1, 1, 2)
+    traced = jax.make_jaxpr(function)(tables, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
     still = [0] * (len(traced.in_avals) - 2)
     return _moves(traced.jaxpr, [*still, 1, 1]) == [0] * len(traced.out_avals)
 
@@ -157,24 +174,24 @@ class ByDistance(NamedTuple):
     key_blocks: int
 
     @classmethod
-    def of(cls, problem: Problem, blocks: Blocks, offset: jax.Array, queries: int, keys: int) -> "ByDistance":
-        """offset: of `apart`; queries, keys: padded."""
+    def of(cls, problem: Problem, blocks: Blocks, apart: jax.Array, queries: int, keys: int) -> "ByDistance":
+        """apart: of the function `apart`; queries, keys: padded."""
         p, shape = problem, problem.shape
         assert isinstance(p.bias, Bias)
         places = jnp.clip(keys - jnp.arange(queries + keys), 1 - shape.queries, shape.keys - 1)
-        return cls(p.bias, p.heads, places.astype(jnp.int32) + offset, shape.batch, blocks, keys // blocks.keys)
+        return cls(p.bias, p.heads, places.astype(jnp.int32) + apart, shape.batch, blocks, keys // blocks.keys)
 
     def buffers(self, query: Place, key: Place, *, backward: bool) -> Buffers:
         """What it adds to a kernel's."""
-        array, names = self.values(), ["laid", "sums"] if backward else ["laid"]
+        array, names = self._values(), ["laid", "sums"] if backward else ["laid"]
         sums = shape_like((self.batch, *array.shape[1:]), array, jnp.float32)
         scratch = dict.fromkeys(names, Diagonals.scratch(self.blocks, array, len(names)))
         return Buffers({"bias": by_head(array, query)}, {"d_bias": by_head(sums, query)} if backward else {}, scratch)
 
-    def at(self, visit: tuple, named: dict[str, Any]) -> "Diagonals":
-        """In a kernel; takes its references out of `named`."""
+    def at(self, query_block: Any, key_block: Any, named: dict[str, Any]) -> "Diagonals":
+        """Of one visit, in a kernel; takes its references out of `named`."""
         references = [named.pop(name, None) for name in ("bias", "laid", "sums", "d_bias")]
-        return Diagonals(self.blocks, self.key_blocks, visit, *references)
+        return Diagonals(self.blocks, self.key_blocks, (query_block, key_block), *references)
 
     def _by_distance(self, tables: Any) -> jax.Array:
         shape = (self.distances.shape[0], self.heads.shape[0], 1, self.distances.shape[1])
@@ -183,7 +200,7 @@ class ByDistance(NamedTuple):
         x = biases.block(Bias(self.bias.function, tables), self.heads, query, key, (0, 0))
         return jnp.broadcast_to(x, shape).astype(jnp.float32)
 
-    def values(self) -> jax.Array:
+    def _values(self) -> jax.Array:
         """The bias in base 2, float32 [r, N, D / 128, 128]."""
         x = self._by_distance(self.bias.tables) * LOG2_E
         return x.reshape(*x.shape[:2], -1, LANES)

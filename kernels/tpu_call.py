@@ -16,7 +16,7 @@ from zoo.kernels.tpu_bias import ByDistance
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_layout import ZERO, Buffers, Operand, Place
 from zoo.kernels.tpu_pair_bias import ByPair
-from zoo.kernels.tpu_pairs import Counted, Pairs, Scalars, Spec
+from zoo.kernels.tpu_visit import Counted, Scalars, Spec, Visit
 from zoo.kernels.work_list import Code, WorkList
 
 STRIP = 512
@@ -43,7 +43,7 @@ class Call(NamedTuple):
         mask = p.mask.padded(*blocks.padded(shape.queries, shape.keys))
         spec = Spec(
             blocks=blocks,
-            code=code_of(p, blocks),
+            code=code_of(blocks, shape.queries, shape.keys),
             rows=mask_rows(mask),
             group=shape.heads // shape.kv_heads,
             rules=mask.rules,
@@ -87,14 +87,15 @@ class Call(NamedTuple):
         """Padded."""
         return self.mask.key.length
 
-    def visit(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
+    def packed(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
+        """A visit as the work list has it."""
         return scalars[0][(row * self.spec.capacity if self.spec.rows > 1 else 0) + step]
 
     def query_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
-        return self.spec.code.query(self.visit(scalars, row, step))
+        return self.spec.code.query(self.packed(scalars, row, step))
 
     def key_block(self, scalars: Sequence[Any], row: Any, step: Any) -> Any:
-        return self.spec.code.key(self.visit(scalars, row, step))
+        return self.spec.code.key(self.packed(scalars, row, step))
 
     def sides(self, query: Place, key: Place) -> dict[str, Operand]:
         """int32 [rows, 3, L] of queries and of keys: index, position, segment; nothing where the kernel needs none."""
@@ -110,12 +111,12 @@ class Call(NamedTuple):
         """What the bias adds to a kernel's."""
         return Buffers() if self.bias is None else self.bias.buffers(query, key, backward=backward)
 
-    def pairs(self, scalars: Scalars, named: dict[str, Any], row: Any, head: Any, step: Any) -> Pairs:
-        """Of one visit, in a kernel; takes what they read out of `named`, the kernel's references."""
-        code, visit = self.spec.code, self.visit(scalars, row, step)
-        bias = None if self.bias is None else self.bias.at((code.query(visit), code.key(visit)), named)
+    def visit(self, scalars: Scalars, named: dict[str, Any], row: Any, head: Any, step: Any) -> Visit:
+        """In a kernel; takes what it reads out of `named`, the kernel's references."""
+        code, packed = self.spec.code, self.packed(scalars, row, step)
+        bias = None if self.bias is None else self.bias.at(code.query(packed), code.key(packed), named)
         sides = named.pop("query_side", None), named.pop("key_side", None)
-        return Pairs(self.spec, scalars, visit, sides, row, head, bias)
+        return Visit(self.spec, scalars, packed, sides, row, head, bias)
 
     def name(self, direction: str) -> str:
         blocks = self.spec.blocks
@@ -134,17 +135,17 @@ def _sees_itself(problem: Problem, blocks: Blocks) -> bool:
     p, counted, rules = problem, _counted(problem.mask), problem.mask.rules
     if counted is None or p.bias is not None or p.mask.lengths is not None or rules.where is not None:
         return False
-    apart = counted.query - counted.key
-    there = 0 <= apart <= counted.keys - p.shape.queries and (rules.left is None or rules.left >= 0)
+    ahead = counted.query - counted.key
+    there = 0 <= ahead <= counted.keys - p.shape.queries and (rules.left is None or rules.left >= 0)
     last = rules.causal or rules.right == 0
-    return there and last and p.mask.prefix is None and apart % blocks.queries == blocks.keys % blocks.queries == 0
+    return there and last and p.mask.prefix is None and ahead % blocks.queries == blocks.keys % blocks.queries == 0
 
 
 def _work(mask: ResolvedMask, spec: Spec) -> WorkList:
     """A constant of the program, as long as what is visited, where the mask is known before it runs."""
-    code, blocks = spec.code, spec.blocks
-    size, known = (code.queries * blocks.queries, code.keys * blocks.keys), mask.known()
-    work = work_list.build((known or mask).padded(*size), code, spec.rows, blocks.queries, blocks.keys)
+    blocks, known = spec.blocks, mask.known()
+    size = blocks.padded(mask.query.length, mask.key.length)
+    work = work_list.build((known or mask).padded(*size), spec.code, spec.rows, blocks.queries, blocks.keys)
     return work if known is None else WorkList(jnp.asarray(work.visits[: work.steps]), int(work.steps))
 
 
@@ -157,10 +158,9 @@ def _written(work: WorkList, spec: Spec) -> jax.Array | None:
     return none.at[jnp.arange(spec.rows)[:, None], code.query(visits), code.key(visits)].set(True)
 
 
-def code_of(problem: Problem, blocks: Blocks) -> Code:
-    shape = problem.shape
-    strips = blocks.keys // math.gcd(blocks.keys, STRIP)
-    return Code(*blocks.counts(shape.queries, shape.keys), strips)
+def code_of(blocks: Blocks, queries: int, keys: int) -> Code:
+    """queries, keys: lengths."""
+    return Code(*blocks.counts(queries, keys), strips=blocks.keys // math.gcd(blocks.keys, STRIP))
 
 
 def mask_rows(mask: ResolvedMask) -> int:

@@ -36,7 +36,7 @@ from zoo.kernels.tpu_bias import LOG2_E
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_call import Call
 from zoo.kernels.tpu_layout import Buffers
-from zoo.kernels.tpu_pairs import SUBLANES, Scalars
+from zoo.kernels.tpu_visit import SUBLANES, Scalars
 
 
 class TpuFlash(NamedTuple):
@@ -85,10 +85,8 @@ def supports(problem: Problem) -> str | None:
         return "its mask's where= uses arrays from outside: a kernel takes functions of the two positions alone"
     rows, backward = tpu_call.mask_rows(p.mask), tpu_blocks.find("backward", p)
     part = min(shape.keys, keys_of_part(p, backward))
-    for code in (
-        tpu_call.code_of(p, tpu_blocks.find("forward", p)),
-        dataclasses.replace(tpu_call.code_of(p, backward), keys=-(-part // backward.keys)),
-    ):
+    for blocks, keys in ((tpu_blocks.find("forward", p), shape.keys), (backward, part)):
+        code = tpu_call.code_of(blocks, shape.queries, keys)
         if code.bits > 31 or rows * code.queries * code.keys > work_list.MOST_PAIRS:
             return f"{rows} rows of {shape.queries} x {shape.keys} pairs make too long a list of blocks"
     return None
@@ -138,10 +136,8 @@ def _run(call: Call, direction: str, grid: tuple, kernel: Kernel, buffers: Buffe
     count, (inputs, outputs, scratch) = len(Scalars._fields), buffers
 
     def body(*references: Any) -> None:
-        kernel(
-            Scalars(*references[:count]),
-            dict(zip((*inputs, *outputs, *scratch), references[count:], strict=True)),
-        )
+        named = dict(zip((*inputs, *outputs, *scratch), references[count:], strict=True))
+        kernel(Scalars(*references[:count]), named)
 
     run = pl.pallas_call(
         body,
@@ -164,13 +160,13 @@ def _run(call: Call, direction: str, grid: tuple, kernel: Kernel, buffers: Buffe
 
 
 def _forward(call: Call, interpret: bool) -> Output:
-    spec, shape = call.spec, call.problem.shape
+    shape = call.problem.shape
 
     def kernel(scalars: Scalars, named: dict[str, Any]) -> None:
         b, n, step = (pl.program_id(i) for i in range(3))
-        pairs = call.pairs(scalars, named, b, n, step)
-        pairs.before(step == 0)
-        tpu_forward.visit(spec, tpu_forward.Operands(**named), pairs)
+        visit = call.visit(scalars, named, b, n, step)
+        visit.before(step == 0)
+        tpu_forward.step(tpu_forward.Operands(**named), visit)
 
     grid = (shape.batch, shape.heads, call.steps)
     out, lse = _run(call, "forward", grid, kernel, _forward_buffers(call), interpret)
@@ -289,10 +285,10 @@ def _backward_part(
         b, k, g, step = (pl.program_id(i) for i in range(4))
         last_step = pl.num_programs(3) - 1
         ends = (g == 0) & (step == 0), (g == spec.group - 1) & (step == last_step)
-        pairs = call.pairs(scalars, named, b, k * spec.group + g, step)
-        pairs.before(step == 0)
-        tpu_backward.visit(spec, tpu_backward.Operands(**named), pairs, ends)
-        pairs.after(step == last_step)
+        visit = call.visit(scalars, named, b, k * spec.group + g, step)
+        visit.before(step == 0)
+        tpu_backward.step(tpu_backward.Operands(**named), visit, ends)
+        visit.after(step == last_step)
 
     grid = (shape.batch, shape.kv_heads, spec.group, call.steps)
     buffers = _backward_buffers(call, out, lse, gradient, d_q_dtype)
@@ -307,7 +303,7 @@ def _backward_part(
 
 def _backward_buffers(call: Call, out: jax.Array, lse: jax.Array, gradient: Output, d_q_dtype: Any) -> Buffers:
     p, spec, shape, blocks = call.problem, call.spec, call.problem.shape, call.spec.blocks
-    b, t, s, h, value = shape.batch, blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
+    t, s, h, value = blocks.queries, call.keys, shape.head_dim, p.v.shape[-1]
 
     def query(b: Any, k: Any, g: Any, step: Any, *scalars: Any) -> tuple:
         return b, call.query_block(scalars, b, step), k * spec.group + g
@@ -328,9 +324,9 @@ def _backward_buffers(call: Call, out: jax.Array, lse: jax.Array, gradient: Outp
         **call.sides(query, key),
     }
     outputs = {
-        "d_q": tpu_layout.result((b, call.queries, shape.heads, h), p.q, t, query, d_q_dtype),
-        "d_k": tpu_layout.result((b, s, shape.kv_heads, h), p.q, s, all_keys),
-        "d_v": tpu_layout.result((b, s, shape.kv_heads, value), p.q, s, all_keys),
+        "d_q": tpu_layout.result((shape.batch, call.queries, shape.heads, h), p.q, t, query, d_q_dtype),
+        "d_k": tpu_layout.result((shape.batch, s, shape.kv_heads, h), p.q, s, all_keys),
+        "d_v": tpu_layout.result((shape.batch, s, shape.kv_heads, value), p.q, s, all_keys),
     }
 
     def kept(length: int, width: int, dtype: Any) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from zoo.kernels.tpu_pairs import SUBLANES, Pairs, Spec, product, scores
+from zoo.kernels.tpu_visit import SUBLANES, Visit, product, scores
 from zoo.kernels.work_list import FIRST, LAST, WHOLE
 
 LIMIT = 2.0**32
@@ -50,8 +50,8 @@ class Operands(NamedTuple):
     state: Any
 
 
-def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
-    blocks, flags = spec.blocks, pairs.flags
+def step(o: Operands, visit: Visit) -> None:
+    spec, blocks, flags = visit.spec, visit.spec.blocks, visit.flags
     whole = (flags & WHOLE) != 0
 
     @pl.when((flags & FIRST) != 0)
@@ -62,7 +62,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
         o.scaled[...] = (scaled.T if blocks.turned else scaled).astype(spec.dtype)
         o.state[SET], o.state[SEEN] = 0, int(spec.bounded or spec.sees_itself)
         if spec.sees_itself:
-            own = o.k[pl.ds(pairs.own_keys(), blocks.queries), :].astype(jnp.float32)
+            own = o.k[pl.ds(visit.own_keys(), blocks.queries), :].astype(jnp.float32)
             o.reference[...] = (scaled.T * own.T).sum(0, keepdims=True)
         else:
             o.reference[...] = jnp.full(o.reference.shape, 0.0 if spec.bounded else UNSEEN, jnp.float32)
@@ -73,13 +73,13 @@ def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
 
     @pl.when(whole & seen)
     def _whole() -> None:
-        _steady(spec, o, pairs, tiles, blocks.step, masked=False)
+        _steady(o, visit, tiles, blocks.step, masked=False)
 
     if spec.hides:
 
         @pl.when(~whole & seen & spec.code.all_strips(flags))
         def _masked() -> None:
-            _steady(spec, o, pairs, tiles, blocks.step, masked=True)
+            _steady(o, visit, tiles, blocks.step, masked=True)
 
     @pl.when(o.state[DONE] == 0)
     def _strips() -> None:
@@ -89,7 +89,7 @@ def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
 
             @pl.when((flags & spec.code.strip_flag(c)) != 0)
             def _one() -> None:
-                _strip(spec, o, pairs, pl.multiple_of(c * spec.strip, spec.strip))
+                _strip(o, visit, pl.multiple_of(c * spec.strip, spec.strip))
 
         jax.lax.fori_loop(jnp.int32(0), jnp.int32(spec.code.strips), strip, None)
 
@@ -103,32 +103,31 @@ def visit(spec: Spec, o: Operands, pairs: Pairs) -> None:
         o.lse[...] = jnp.where(empty, -jnp.inf, (o.reference[...] + jnp.log2(total)) * _LN_2)
 
 
-def _strip(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
+def _strip(o: Operands, visit: Visit, key: jax.Array) -> None:
     """One strip of keys, masked."""
+    spec = visit.spec
     o.state[DONE] = 0
 
     @pl.when(o.state[SEEN] != 0)
     def _against_reference() -> None:
-        _steady(spec, o, pairs, [key], spec.strip, masked=True)
+        _steady(o, visit, [key], spec.strip, masked=True)
 
     if not spec.bounded:
 
         @pl.when(o.state[DONE] == 0)
         def _with_maximum() -> None:
-            _rescaled(spec, o, pairs, key)
+            _rescaled(o, visit, key)
 
 
-def _steady(
-    spec: Spec, o: Operands, pairs: Pairs, keys: Sequence[int] | Sequence[jax.Array], size: int, *, masked: bool
-) -> None:
+def _steady(o: Operands, visit: Visit, keys: Sequence[int] | Sequence[jax.Array], size: int, *, masked: bool) -> None:
     """Adds pieces of `size` keys against the rows' reference, into the other set; done unless a sum grows too large."""
-    now, fits = o.state[SET], jnp.bool_(True)
+    spec, now, fits = visit.spec, o.state[SET], jnp.bool_(True)
     for start in range(0, spec.blocks.queries, spec.blocks.rows):
         part = slice(start, start + spec.blocks.rows)
         total, acc = o.total[now, :, part], o.acc[now, :, part]
         for key in keys:
-            x = _scores(spec, o, pairs, key, size, part, masked=masked)
-            more, values = _sums(spec, o, pairs, jnp.exp2(x - o.reference[:, part]), key, part)
+            x = _scores(o, visit, key, size, part, masked=masked)
+            more, values = _sums(o, visit, jnp.exp2(x - o.reference[:, part]), key, part)
             total, acc = total + more, acc + values
         o.total[1 - now, :, part], o.acc[1 - now, :, part] = total, acc
         if not spec.bounded:
@@ -139,36 +138,36 @@ def _steady(
         o.state[SET], o.state[DONE] = 1 - now, 1
 
 
-def _rescaled(spec: Spec, o: Operands, pairs: Pairs, key: jax.Array) -> None:
+def _rescaled(o: Operands, visit: Visit, key: jax.Array) -> None:
     """Adds one strip of keys, masked, with the running maximum, which becomes the rows' reference."""
-    now, whole = o.state[SET], slice(0, spec.blocks.queries)
-    x = _scores(spec, o, pairs, key, spec.strip, whole, masked=True)
+    spec, now = visit.spec, o.state[SET]
+    whole = slice(0, spec.blocks.queries)
+    x = _scores(o, visit, key, spec.strip, whole, masked=True)
     before = o.reference[...]
     top = jnp.maximum(before, x.max(0, keepdims=True))
     shrink = jnp.exp2(before - top)
-    total, acc = _sums(spec, o, pairs, jnp.exp2(x - top), key, whole)
+    total, acc = _sums(o, visit, jnp.exp2(x - top), key, whole)
     o.reference[...] = top
     o.total[now] = o.total[now] * shrink + total
     o.acc[now] = o.acc[now] * shrink + acc
     o.state[SEEN] = (jnp.min(top) > UNSEEN).astype(jnp.int32)
 
 
-def _scores(spec: Spec, o: Operands, pairs: Pairs, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
+def _scores(o: Operands, visit: Visit, key: Any, size: int, part: slice, *, masked: bool) -> jax.Array:
     """[s, t] in base 2."""
-    turned, keys = spec.blocks.turned, o.k[pl.ds(key, size), :]
+    spec, keys = visit.spec, o.k[pl.ds(key, size), :]
+    turned = spec.blocks.turned
     products = (
         product(spec, keys, o.scaled[:, part], (1, 0)) if turned else product(spec, keys, o.scaled[part, :], (1, 1))
     )
     x, _ = scores(spec, products)
-    if pairs.bias is not None:
-        x += pairs.bias.tile(key, part.start, x.shape)
-    return pairs.masked(x, key, part.start) if masked else x
+    if visit.bias is not None:
+        x += visit.bias.tile(key, part.start, x.shape)
+    return visit.masked(x, key, part.start) if masked else x
 
 
-def _sums(
-    spec: Spec, o: Operands, pairs: Pairs, weights: jax.Array, key: Any, part: slice
-) -> tuple[jax.Array, jax.Array]:
-    size, t = weights.shape
+def _sums(o: Operands, visit: Visit, weights: jax.Array, key: Any, part: slice) -> tuple[jax.Array, jax.Array]:
+    spec, (size, t) = visit.spec, weights.shape
     total = weights.reshape(size // SUBLANES, SUBLANES, t).sum(0)
-    kept = pairs.dropped(weights, key, part.start).astype(spec.dtype)
+    kept = visit.dropped(weights, key, part.start).astype(spec.dtype)
     return total, product(spec, o.v[pl.ds(key, size), :], kept, (0, 0))

@@ -52,8 +52,6 @@ def _taken(dtype: jnp.dtype) -> bool:
 def refusal(problem: Problem) -> str | None:
     """Why the kernels cannot take the call's bias, or None."""
     size, bias = bytes_of(problem), problem.bias
-    if size and tpu_blocks.chip() == "v4" and problem.q.dtype == jnp.float32 and problem.shape.head_dim > 128:
-        return "v4 has no room for a bias of pairs beside heads of more than 128 in float32"
     own = bias.nbytes if isinstance(bias, jax.Array) else 0
     if size <= max(MOST_BYTES, own):
         return None
@@ -86,20 +84,20 @@ class ByPair(NamedTuple):
 
     def buffers(self, query: Place, key: Place, *, backward: bool) -> Buffers:
         """What it adds to a kernel's."""
-        array = self.values()
+        array = self._values()
         sums = shape_like((self.shape.batch, self.shape.heads, *self._padded), array, jnp.float32)
         values, d_values = (by_pair(x, self.blocks, query, key) for x in (array, sums))
         return Buffers({"bias": values}, {"d_bias": d_values} if backward else {})
 
-    def at(self, visit: tuple, named: dict[str, Any]) -> "PairBlock":
-        """In a kernel; takes its references out of `named`."""
+    def at(self, query_block: Any, key_block: Any, named: dict[str, Any]) -> "PairBlock":
+        """Of one visit, in a kernel; takes its references out of `named`."""
         return PairBlock(named.pop("bias"), named.pop("d_bias", None))
 
     @property
     def _padded(self) -> tuple[int, int]:
         return self.query.length, self.key.length
 
-    def values(self) -> jax.Array:
+    def _values(self) -> jax.Array:
         """Float32, or bfloat16 where the bias is, [1 or B, 1 or N, T, S], padded."""
         if isinstance(self.bias, Bias):
             return self._evaluated(self.bias)

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -56,6 +57,15 @@ def test_torch(case: Case, mode: str) -> None:
     pytest.importorskip("torch")
     (row,) = run_case(case, {"torch": BUILD["torch"]}, mode=mode, dtype="float32", repeats=1)
     assert row["wall"] > 0 and (mode != "both" or row["error"] < 1e-5)
+
+
+def test_which_masks_flags_cannot_say() -> None:
+    causal, from_the_end = Case("long", 1, 8, 8, 1, 1, 8, causal=True), Case("decode", 1, 1, 8, 1, 1, 8, causal=True)
+    window, to_both_sides = replace(causal, window=3), replace(causal, causal=False, window=3)
+    arrays = [from_the_end, to_both_sides, replace(causal, document=4)]
+    for case in (causal, SMALL[0], SMALL[-1], window, *arrays):
+        assert case.needs_array(windows=True) == (case in arrays)
+        assert case.needs_array(windows=False) == (case in (window, *arrays))
 
 
 def test_errors_are_seen() -> None:

@@ -4,7 +4,7 @@ import operator
 
 import pytest
 
-from benchmarks import tpu, tpu_bound
+from benchmarks import tpu, tpu_bound, tpu_grid
 from benchmarks.attention_cases import Case
 from benchmarks.splash import JaxSplash, Sizes, Splash
 from benchmarks.tpu import Program, Region
@@ -93,3 +93,16 @@ def test_the_splash_of_jax_has_steps_that_do_nothing(window: int | None, ran: in
         kinds = [step.runs for step in steps]
         assert len(kinds) == count and sum("run" in runs for runs in kinds) == 2 * ran
         assert sum("init" in runs for runs in kinds) == sum("end" in runs for runs in kinds) == sums
+
+
+def test_the_grid_names_what_does_not_compile() -> None:
+    answers = {(chip, h, "causal"): "compiles" for chip in ("v5e", "v6e") for h in tpu_grid.HEAD_DIMS}
+    answers |= {("v6e", h, "causal"): "no room" for h in tpu_grid.HEAD_DIMS[1:]}
+    assert tpu_grid.table(answers, ["v5e", "v6e"], ["causal"]) == [
+        "| feature | v5e | v6e |",
+        "|---|---|---|",
+        "| causal | 64, 80, 96, 128, 256 | 64 |",
+        "",
+        "6 of 10 compile",
+        *(f"- v6e, H = {h}, causal: no room" for h in (80, 96, 128, 256)),
+    ]

@@ -42,6 +42,9 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> None:
         ("v6e", 256, "float32"),
         ("v4", 128, "window"),
         ("v4", 64, "t5"),
+        ("v4", 256, "float32_array"),
+        ("v4", 128, "float32_all"),
+        ("v4", 256, "all"),
         ("v5p", 96, "alibi"),
         ("v4", 128, "absolute"),
         ("v5p", 64, "array"),
@@ -53,9 +56,9 @@ def test_compiles(chip: str, head_dim: int, feature: str) -> None:
 
 
 def test_temporaries_beside_splash() -> None:
-    """8 heads of 128 at 32k: the values' transposed copy is nearly all."""
+    """8 heads of 128 at 32k: ours needs none."""
     ours, splash = (attention_memory.tpu_temporaries("v5e", 32768, impl) for impl in ("tpu_flash", "splash"))
-    assert ours < 70 * 2**20 < splash
+    assert ours < 2**20 < splash
 
 
 @pytest.mark.parametrize(("chip", "heads", "head_dim"), [("v5e", 8, 64), ("v6e", 8, 128)])

@@ -1,5 +1,7 @@
 """What the TPU kernels can know of a bias: whether its function, and its positions, leave it one of distances."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,28 @@ def bucketed(table, head, query, key):
 )
 def test_depends_on_distance(function, answer: bool) -> None:
     assert tpu_bias.depends_on_distance(Bias(function, TABLE), jnp.arange(4)) == answer
+
+
+def test_a_function_is_traced_once_for_each_of_its_shapes() -> None:
+    calls = []
+
+    def function(table, head, query, key):
+        calls.append(table.shape)
+        return table[0, head] * (key - query)
+
+    for heads in (4, 4, 2):
+        assert tpu_bias.depends_on_distance(Bias(function, TABLE), jnp.arange(heads))
+    assert len(calls) == 2
+
+
+def test_a_function_without_weak_references() -> None:
+    class Slotted(NamedTuple):
+        sign: int
+
+        def __call__(self, table, head, query, key):
+            return self.sign * table[0, head] * key
+
+    assert not tpu_bias.depends_on_distance(Bias(Slotted(-1), TABLE), jnp.arange(4))
 
 
 DOCUMENTS = np.array([[1] * 7 + [2] * 9, [3] * 2 + [1] * 10 + [0] * 4])

@@ -380,10 +380,6 @@ def test_what_is_refused() -> None:
     assert (
         refusal(length=2**14, bias=of_keys) == f"its bias depends on more of the positions than key - query: {beyond}"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tpu_blocks, "chip", lambda: "v4")
-        assert "v4 has no room for a bias of pairs" in (refusal(h=256, bias=of_keys) or "")
-        assert refusal(jnp.bfloat16, h=256, bias=of_keys) is None and refusal(h=256) is None
     assert refusal(h=60) == "its head sizes are 60 and 60: it takes multiples of 8 up to 256"
     table = jnp.eye(4, dtype=bool)
     captured = tpu_flash.supports(build(*arrays(("causal",))[:3], Mask(where=lambda q, k: table[q // 128, k // 128])))

@@ -1,4 +1,4 @@
-"""What the TPU kernels' passes share: static numbers, scores, and the mask, dropout and bias of one tile of pairs.
+"""What the TPU kernels' passes share: static numbers, scores, and what one visit of queries to keys has of the call.
 
 Scores lie transposed, keys down the sublanes and queries along the lanes, so that a statistic of the queries is one row
 of registers and sums over keys are additions of registers.
@@ -103,10 +103,10 @@ def scores(spec: Spec, products: jax.Array) -> tuple[jax.Array, jax.Array | None
     return capped * (spec.soft_cap * LOG2_E), capped
 
 
-class Pairs:
-    """Which pairs of one visit the mask keeps and which dropout keeps, and their bias.
+class Visit:
+    """One visit, in a kernel: its blocks and flags, which pairs its mask and dropout keep, and their bias.
 
-    visit: as the work list has it.
+    packed: the visit as the work list has it; row, head: of the arrays.
     sides: references to int32 [3, t] and [3, s] of its queries and keys: global index, position and segment; None where
     counted.
     """
@@ -115,24 +115,24 @@ class Pairs:
         self,
         spec: Spec,
         scalars: Scalars,
-        visit: jax.Array,
+        packed: jax.Array,
         sides: tuple[Any, Any],
         row: Any,
         head: Any,
         bias: Diagonals | PairBlock | None,
     ) -> None:
         self.spec, self.scalars, self.row, self.head, self.bias = spec, scalars, row, head, bias
-        self.flags = spec.code.flags(visit)
-        self.query_block, self.key_block = spec.code.query(visit), spec.code.key(visit)
+        self.flags = spec.code.flags(packed)
+        self.query_block, self.key_block = spec.code.query(packed), spec.code.key(packed)
         self.queries, self.keys = sides
 
     def before(self, head_starts: Any) -> None:
-        """What comes before the visit."""
+        """What the bias does before the visit: it is laid out, and sums are cleared."""
         if self.bias is not None:
             self.bias.before(head_starts, self.flags)
 
     def after(self, head_ends: Any) -> None:
-        """What comes after the visit of a backward pass."""
+        """What the bias does after the visit of a backward pass: gradients are added up."""
         if self.bias is not None:
             self.bias.after(head_ends, self.flags)
 
