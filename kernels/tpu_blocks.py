@@ -72,8 +72,8 @@ class Entry(NamedTuple):
         )
 
 
-# Chosen by the modelled bound of whole calls, as `python -m benchmarks.attention_bound` prints it, on v4 by what fits its
-# VMEM; not measured.
+# Chosen by the modelled bound of whole calls, as `python -m benchmarks.attention_bound` prints it, on v4 by what fits
+# its VMEM; not measured.
 TABLE = (
     Entry("forward", 512, 512, 512, 512, chip="v4", dtype="float32"),
     Entry("backward", 128, 256, 128, 256, chip="v4", dtype="float32"),
