@@ -118,7 +118,7 @@ def _tile(o: Operands, visit: Visit, offset: Any, key: Any, size: int, part: sli
     if visit.bias is None:
         x = hidden(x) - lse
     else:
-        # On v5e added to the scores it would take 7 % more bundles. Hidden last, it may hold anything at masked visit.
+        # On v5e added to the scores it would take 7 % more bundles. Hidden last, it may hold anything at masked pairs.
         x = hidden(x - (lse - visit.bias.tile(key, part.start, x.shape)))
     weights = jnp.exp2(x)
     d_weights = product(spec, o.v[keys, :], d_out, over)
