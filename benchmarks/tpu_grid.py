@@ -19,30 +19,34 @@ FEATURES = ("none", "causal", "window", "prefix", "segments", "positions", "leng
 BATCH, LENGTH, HEADS, KV_HEADS = 2, 2048, 8, 2
 
 
+def masked(feature: str, rows: Any) -> Any:
+    """The mask of a feature; rows: integers [B, L]."""
+    from zoo.kernels import Mask
+
+    parts = {
+        "causal": Mask(causal=True),
+        "window": Mask(window=512),
+        "prefix": Mask(causal=True, prefix=rows[:, 0]),
+        "segments": Mask(segments=rows),
+        "positions": Mask(causal=True, positions=rows),
+        "lengths": Mask(lengths=rows[:, 0]),
+        "where": Mask(where=lambda q, k: (q + k) % 3 != 0),
+    }
+    whole = Mask()
+    for name, part in parts.items():
+        whole = whole & part if feature in (name, "all") else whole
+    return whole
+
+
 def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
     """A function of q, k, v and integers [B, L], and the shapes of its arguments."""
     import jax
     import jax.numpy as jnp
 
-    from zoo.kernels import Bias, Mask, attention
+    from zoo.kernels import Bias, attention
 
     dtype = jnp.float32 if feature.startswith("float32") else jnp.bfloat16
     feature = feature.removeprefix("float32_")
-
-    def mask(rows: jax.Array) -> Mask:
-        parts = {
-            "causal": Mask(causal=True),
-            "window": Mask(window=512),
-            "prefix": Mask(causal=True, prefix=rows[:, 0]),
-            "segments": Mask(segments=rows),
-            "positions": Mask(causal=True, positions=rows),
-            "lengths": Mask(lengths=rows[:, 0]),
-            "where": Mask(where=lambda q, k: (q + k) % 3 != 0),
-        }
-        whole = Mask()
-        for name, part in parts.items():
-            whole = whole & part if feature in (name, "all") else whole
-        return whole
 
     def alibi(slopes: jax.Array, head: jax.Array, query: jax.Array, key: jax.Array) -> jax.Array:
         return slopes[head] * (key - query)
@@ -72,7 +76,7 @@ def call(feature: str, head_dim: int) -> tuple[Any, list[Any]]:
 
     def step(q: jax.Array, k: jax.Array, v: jax.Array, rows: jax.Array) -> Any:
         def attend(q: jax.Array, k: jax.Array, v: jax.Array, bias: Any) -> jax.Array:
-            return attention(q, k, v, mask(rows), bias=bias, impl="tpu_flash", **options)
+            return attention(q, k, v, masked(feature, rows), bias=bias, impl="tpu_flash", **options)
 
         out, pull = jax.vjp(attend, q, k, v, biases.get(feature))
         return out, pull(out)
