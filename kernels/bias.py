@@ -39,6 +39,9 @@ class Bias:
 
 Given = jax.Array | Bias | None
 
+Place = tuple[tuple[jax.Array | int, int], ...]
+"""Start and size of a block in each dimension of the padded [B, N, T, S]."""
+
 
 def check(bias: ArrayLike | Bias | None, batch: int, heads: int, queries: int, keys: int) -> Given:
     """The bias with its four dimensions written out; raises AttentionError where it does not fit."""
@@ -67,14 +70,11 @@ def padded(bias: Given, queries: int, keys: int) -> Given:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1]))) if any(extra) else bias
 
 
-def block(
-    bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, starts: tuple[jax.Array | int, jax.Array | int]
-) -> jax.Array:
-    """The bias of one block of scores, broadcastable to [B, N, t, s]; starts: of the block in the padded arrays."""
+def block(bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, place: Place | None = None) -> jax.Array:
+    """The bias of one block of scores, broadcastable to [b, n, t, s]; place: None for the whole."""
     if isinstance(bias, Bias):
         return _evaluate(bias.function, bias.tables, heads, query, key)
-    corner, sizes = _slice(bias.shape, query.length, key.length, starts)
-    return jax.lax.dynamic_slice(bias, corner, sizes)
+    return bias if place is None else jax.lax.dynamic_slice(bias, *_slice(bias.shape, place))
 
 
 def zero_gradient(bias: Given, dtype: jnp.dtype) -> Any:
@@ -89,9 +89,9 @@ def add_gradient(
     heads: jax.Array,
     query: Side,
     key: Side,
-    starts: tuple[jax.Array | int, jax.Array | int],
+    place: Place | None = None,
 ) -> Any:
-    """Adds what one block's gradient of the scores [B, N, t, s] gives for the bias."""
+    """Adds what one block's gradient of the scores [b, n, t, s] gives for the bias."""
     if bias is None:
         return None
     if isinstance(bias, Bias):
@@ -102,8 +102,10 @@ def add_gradient(
 
         (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
         return jax.tree.map(lambda total, one: total + one.astype(total.dtype), gradient, tables)
-    corner, sizes = _slice(bias.shape, query.length, key.length, starts)
     summed = scores.sum([axis for axis, size in enumerate(bias.shape) if size == 1], keepdims=True)
+    if place is None:
+        return gradient + summed
+    corner, sizes = _slice(bias.shape, place)
     return jax.lax.dynamic_update_slice(gradient, jax.lax.dynamic_slice(gradient, corner, sizes) + summed, corner)
 
 
@@ -116,11 +118,7 @@ def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
-def _slice(
-    shape: tuple[int, ...], queries: int, keys: int, starts: tuple[jax.Array | int, jax.Array | int]
-) -> tuple[tuple, tuple[int, ...]]:
+def _slice(shape: tuple[int, ...], place: Place) -> tuple[tuple[jax.Array | int, ...], tuple[int, ...]]:
     """Corner and sizes of a block in an array bias; dimensions of 1 are taken whole."""
-    whole = [size == 1 for size in shape[2:]]
-    corner = (0, 0, *(0 if one else start for one, start in zip(whole, starts, strict=True)))
-    sizes = (*shape[:2], *(1 if one else size for one, size in zip(whole, (queries, keys), strict=True)))
-    return corner, sizes
+    taken = [(0, 1) if size == 1 else one for size, one in zip(shape, place, strict=True)]
+    return tuple(start for start, _ in taken), tuple(size for _, size in taken)

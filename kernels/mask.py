@@ -210,6 +210,18 @@ class ResolvedMask:
             lengths = array_module(self.key.index).full((1,), PADDING_INDEX, "int32")
         return dataclasses.replace(self, query=self.query.padded(queries), key=self.key.padded(keys), lengths=lengths)
 
+    def rows(self, start: jax.Array | int, count: int) -> "ResolvedMask":
+        """Of `count` of the batch's rows, from one on that the program may know alone."""
+
+        def cut(x: jax.Array | None) -> jax.Array | None:
+            return x if x is None or x.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(x, start, count)
+
+        def side(one: Side) -> Side:
+            return dataclasses.replace(one, positions=cut(one.positions), segments=cut(one.segments))
+
+        sides = side(self.query), side(self.key)
+        return ResolvedMask(*sides, prefix=cut(self.prefix), lengths=cut(self.lengths), rules=self.rules)
+
     def moved(self) -> "ResolvedMask":
         """For arrays that are cut over devices or laid in another order."""
         return dataclasses.replace(self, query=self.query.moved(), key=self.key.moved())

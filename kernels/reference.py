@@ -36,7 +36,7 @@ def attend(problem: Problem) -> AttentionOutput:
     if p.soft_cap is not None:
         scores = p.soft_cap * jnp.tanh(scores / p.soft_cap)
     if p.bias is not None:
-        bias = biases.block(p.bias, p.heads, mask.query, mask.key, (0, 0))
+        bias = biases.block(p.bias, p.heads, mask.query, mask.key)
         scores += grouped(bias, shape.kv_heads).astype(p.dtype)
     if mask.hides:
         scores = jnp.where(allowed(mask, mask.query, mask.key)[:, :, None], scores, -jnp.inf)

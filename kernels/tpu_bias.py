@@ -197,7 +197,7 @@ class ByDistance(NamedTuple):
         shape = (self.distances.shape[0], self.heads.shape[0], 1, self.distances.shape[1])
         index = jnp.zeros(shape[2:], jnp.int32)
         query, key = Side(index[0, :1], index[:, :1], None), Side(index[0], self.distances, None)
-        x = biases.block(Bias(self.bias.function, tables), self.heads, query, key, (0, 0))
+        x = biases.block(Bias(self.bias.function, tables), self.heads, query, key)
         return jnp.broadcast_to(x, shape).astype(jnp.float32)
 
     def _values(self) -> jax.Array:

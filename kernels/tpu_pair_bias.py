@@ -109,7 +109,7 @@ class ByPair(NamedTuple):
         """A tile at a time: what the function makes on its way may be large."""
 
         def tile(i: Any, j: Any) -> jax.Array:
-            x = biases.block(bias, self.heads, *self._sides(i, j), (0, 0))
+            x = biases.block(bias, self.heads, *self._sides(i, j))
             x = jnp.broadcast_to(x, (*x.shape[:2], self.blocks.rows, self.blocks.step))
             return x if _taken(x.dtype) else x.astype(jnp.float32)
 
@@ -138,7 +138,7 @@ class ByPair(NamedTuple):
             if written is not None:
                 there = written[:, i // self.blocks.queries, j // self.blocks.keys]
                 scores = jnp.where(there[:, None, None, None], scores, 0)
-            return biases.add_gradient(total, bias, scores, self.heads, *self._sides(i, j), (0, 0))
+            return biases.add_gradient(total, bias, scores, self.heads, *self._sides(i, j))
 
         return self._over_tiles(add, biases.zero_gradient(bias, jnp.dtype(jnp.float32)), sums, written)
 

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from zoo.kernels import Bias, Mask, attention, chunked, engine, reference
+from zoo.kernels.chunked_parts import Sizes
 from zoo.kernels.problem import build
 
 TOLERANCE = 2e-5
@@ -19,7 +20,7 @@ TOLERANCE = 2e-5
 
 @st.composite
 def calls(draw):
-    """Arguments to differentiate, arguments to hold, and block sizes."""
+    """Arguments to differentiate, arguments to hold, and sizes of parts and blocks."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
 
     def normal(*shape):
@@ -53,11 +54,11 @@ def calls(draw):
     learned["bias"] = draw(st.sampled_from([None, normal(*shape), {"a": normal(n, 7), "b": normal()}]))
     function = table.function if isinstance(learned["bias"], dict) else None
     cotangents = normal(b, t, n, h_value), normal(b, t, n)
-    return learned, held, function, cotangents, (draw(st.integers(1, 8)), draw(st.integers(1, 8)))
+    return learned, held, function, cotangents, Sizes(*(draw(st.integers(1, most)) for most in (3, 3, 8, 8)))
 
 
 def compare(call):
-    learned, held, function, (d_out, d_lse), blocks = call
+    learned, held, function, (d_out, d_lse), sizes = call
 
     def run(attend, learned):
         bias = Bias(function, learned["bias"]) if function else learned["bias"]
@@ -67,7 +68,7 @@ def compare(call):
         return jnp.sum(out * d_out) + jnp.sum(finite * d_lse), (out, lse)
 
     results = []
-    for attend in (reference.attend, partial(engine.attend, chunked.Chunked(blocks))):
+    for attend in (reference.attend, partial(engine.attend, chunked.Chunked(sizes))):
         step = jax.jit(jax.value_and_grad(lambda x, attend=attend: run(attend, x), has_aux=True))
         (_, values), gradients = step(jax.tree.map(jnp.asarray, learned))
         results.append((values, gradients))
@@ -137,7 +138,9 @@ def test_blocks_that_the_mask_empties_are_skipped(mask):
     poison = jnp.asarray(np.repeat(~seen, block))[None, :, None, None]
 
     def rows(q, k, v):
-        return engine.attend(chunked.Chunked((block, block)), build(q, k, v, mask)).output[:, row : row + block]
+        return engine.attend(chunked.Chunked(Sizes(1, 1, block, block)), build(q, k, v, mask)).output[
+            :, row : row + block
+        ]
 
     poisoned = [jnp.where(poison, jnp.nan, x) for x in (k, v)]
     np.testing.assert_array_equal(rows(q, *poisoned), rows(q, k, v))

@@ -118,9 +118,9 @@ def test_lowers_for_accelerators(impl: str, platform: str) -> None:
 
 def test_block_sizes_follow_the_platform_compiled_for() -> None:
     step = jax.jit(lambda q, k, v: attention(q, k, v, impl="chunked")).trace(*shapes(1024, b=2, n=8, k=8))
-    scores = {"cpu": "tensor<16x256x128xf32>", "tpu": "tensor<16x512x512xf32>"}
+    scores = {"cpu": "tensor<1x8x512x256xf32>", "tpu": "tensor<2x8x512x512xf32>"}
     for platform, other in (("cpu", "tpu"), ("tpu", "cpu")):
-        text = step.lower(lowering_platforms=(platform,)).as_text().replace("2x8x", "16x")
+        text = step.lower(lowering_platforms=(platform,)).as_text()
         assert scores[platform] in text and scores[other] not in text
 
 

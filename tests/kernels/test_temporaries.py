@@ -1,5 +1,6 @@
 """The bytes that `explain` estimates beside what the compiler counts; nothing is run."""
 
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from zoo.kernels.problem import Shape
 
 FACTOR = 1.5
 
+AS_USERS_COMPILE = {"xla_cpu_use_fusion_emitters": True} if version("jaxlib").startswith("0.10.") else None
+"""The tests' own compilation (conftest) makes no copies of 16-bit floats as bits."""
+
 
 def compiled(impl: str, *arrays: jax.ShapeDtypeStruct, bias: Any = None, **options: Any) -> int:
     """Bytes of temporaries of one forward and backward pass; a bias is learned."""
@@ -23,8 +27,8 @@ def compiled(impl: str, *arrays: jax.ShapeDtypeStruct, bias: Any = None, **optio
         output, pull = jax.vjp(attend, q, k, v, bias)
         return output, pull(gradient)
 
-    program = jax.jit(step, out_shardings=arrays[0].sharding).lower(*arrays, bias, arrays[0]).compile()
-    return program.memory_analysis().temp_size_in_bytes
+    lowered = jax.jit(step, out_shardings=arrays[0].sharding).lower(*arrays, bias, arrays[0])
+    return lowered.compile(AS_USERS_COMPILE).memory_analysis().temp_size_in_bytes
 
 
 def estimate(impl: str, *arrays: jax.ShapeDtypeStruct, **options: Any) -> int:
@@ -73,7 +77,7 @@ def test_a_length_over_devices(impl: str) -> None:
     """`chunked` gathers keys and values."""
     mesh = jax.make_mesh((4,), ("length",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec(None, "length")
-    arrays = arrays_of(Shape(1, 8192, 8192, 8, 4, 64), "bfloat16", NamedSharding(mesh, spec))
+    arrays = arrays_of(Shape(1, 32768, 32768, 8, 4, 64), "bfloat16", NamedSharding(mesh, spec))
     options = {"mask": Mask(causal=True), "partition": spec}
     with jax.set_mesh(mesh):
         ratio = estimate(impl, *arrays, **options) / compiled(impl, *arrays, **options)
