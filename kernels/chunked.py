@@ -22,7 +22,7 @@ from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, cpu_sizes, cut, p
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import Side, allowed
 from zoo.kernels.memory import from_bits, platform, to_bits
-from zoo.kernels.problem import Problem, grouped, varying_axes, varying_over
+from zoo.kernels.problem import Problem, varying_axes, varying_over
 
 HELD_FORWARD, HELD_BACKWARD = 2, 4
 """Blocks of scores that one step holds at a time."""
@@ -88,20 +88,19 @@ def _scaled_q(part: Part, i: Index) -> jax.Array:
 
 
 def _scores(part: Part, q: jax.Array, i: Index, j: Index, query: Side, key: Side) -> tuple[jax.Array, jax.Array | None]:
-    """Scores of one block [b, n, G, t, s], masked with -inf, and the derivative of the soft cap or None."""
+    """Scores of one block [b, n G, t, s], masked with -inf, and the derivative of the soft cap or None."""
     p = part.cut.problem
-    x = part.by_group(_product(p, "bnth,bnsh->bnts", q, part.keys(j)))
+    x = part.by_head(_product(p, "bnth,bnsh->bnts", q, part.keys(j)))
     slope = None
     if p.soft_cap is not None:
         capped = jnp.tanh(x / p.soft_cap)
         x, slope = p.soft_cap * capped, 1 - capped * capped
     if part.cut.bias is not None:
-        added = biases.block(part.cut.bias, part.head_indices, query, key, part.place(i, j))
-        x += grouped(added, x.shape[1]).astype(p.dtype)
+        x += biases.block(part.cut.bias, part.head_indices, query, key, part.place(i, j)).astype(p.dtype)
     if part.mask.hides:
 
         def masked(_: Index, x: jax.Array) -> jax.Array:
-            return jnp.where(allowed(part.mask, query, key)[:, :, None], x, -jnp.inf)
+            return jnp.where(allowed(part.mask, query, key), x, -jnp.inf)
 
         # A loop of at most one step works in place, where a branch that does nothing copies.
         x = jax.lax.fori_loop(0, 1 - part.whole[i, j].astype(jnp.int32), masked, x)
@@ -114,12 +113,7 @@ def _dropped(part: Part, weights: jax.Array, query: Side, key: Side) -> jax.Arra
     if p.seed is None:
         return weights
     keep = dropouts.keep(p.seed, p.dropout, part.batch_indices, part.head_indices, query.index, key.index)
-    return jnp.where(grouped(keep, weights.shape[1]), weights, 0)
-
-
-def _flat(x: jax.Array) -> jax.Array:
-    """[b, n, G, t, ...] as [b, n, G t, ...]."""
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
+    return jnp.where(keep, weights, 0)
 
 
 def _forward(cut: Cut) -> Output:
@@ -137,15 +131,15 @@ def _forward(cut: Cut) -> Output:
             weights = jnp.exp(x - safe[..., None])
             shrink = jnp.exp(top - safe)
             total = total * shrink + weights.sum(-1)
-            values = _product(p, "bnts,bnsh->bnth", _flat(_dropped(part, weights, query, key)), part.values(j))
-            return new_top, total, out * _flat(shrink)[..., None] + values
+            values = _product(p, "bnts,bnsh->bnth", part.by_group(_dropped(part, weights, query, key)), part.values(j))
+            return new_top, total, out * part.by_group(shrink[..., None]) + values
 
-        zero = jnp.zeros(part.by_group(q).shape[:-1], p.dtype)
+        zero = jnp.zeros(part.by_head(q).shape[:-1], p.dtype)
         start = (zero - jnp.inf, zero, jnp.zeros((*q.shape[:3], part.v.shape[-1]), p.dtype))
         top, total, out = part.over_keys(i, step, varying_over(start, axes))
         empty = total == 0
         total = jnp.where(empty, 1, total)
-        out = (out / (_flat(total)[..., None] * (1 - p.dropout))).astype(p.q.dtype)
+        out = (out / (part.by_group(total[..., None]) * (1 - p.dropout))).astype(p.q.dtype)
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
         return Output(part.put_rows(results.out, i, out), part.put_row_numbers(results.lse, i, lse))
 
@@ -182,20 +176,19 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
         rows_lse = part.row_numbers(lse, i)
         # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
         products = rows_d_out.astype(p.dtype) * part.rows(out, i).astype(p.dtype)
-        delta = part.by_group(jnp.sum(products, axis=-1, keepdims=True)) - part.row_numbers(d_lse, i)
+        delta = part.by_head(jnp.sum(products, axis=-1, keepdims=True)) - part.row_numbers(d_lse, i)
         q_turned, d_out_turned = q.swapaxes(-1, -2), rows_d_out.swapaxes(-1, -2)
 
         def step(j: Index, sums: _Gradients) -> _Gradients:
             key = part.key_side(j)
             x, slope = _scores(part, q, i, j, query, key)
             weights = jnp.exp(x - rows_lse)
-            d_v = _product(p, "bnht,bnts->bnhs", d_out_turned, _flat(_dropped(part, weights, query, key)))
-            d_weights = part.by_group(_product(p, "bnth,bnsh->bnts", rows_d_out, part.values(j)))
+            d_v = _product(p, "bnht,bnts->bnhs", d_out_turned, part.by_group(_dropped(part, weights, query, key)))
+            d_weights = part.by_head(_product(p, "bnth,bnsh->bnts", rows_d_out, part.values(j)))
             d_x = weights * (_dropped(part, d_weights, query, key) * kept - delta)
-            whole_heads = d_x.reshape(d_x.shape[0], -1, *d_x.shape[3:])
             place = part.place(i, j)
-            d_bias = biases.add_gradient(sums.bias, cut.bias, whole_heads, part.head_indices, query, key, place)
-            d_x = _flat(d_x if slope is None else d_x * slope)
+            d_bias = biases.add_gradient(sums.bias, cut.bias, d_x, part.head_indices, query, key, place)
+            d_x = part.by_group(d_x if slope is None else d_x * slope)
             d_k = _product(p, "bnht,bnts->bnhs", q_turned, d_x)
             d_q = sums.q + _product(p, "bnts,bnsh->bnth", d_x, part.keys(j))
             return _Gradients(d_q, _add_at(sums.k, j, d_k), _add_at(sums.v, j, d_v), d_bias)

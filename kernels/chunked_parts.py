@@ -196,9 +196,15 @@ class Part(NamedTuple):
     def values(self, j: Index) -> jax.Array:
         return from_bits(self.v[j], self.cut.problem.q.dtype)
 
-    def by_group(self, rows: jax.Array) -> jax.Array:
-        """[b, n, G t, x] as [b, n, G, t, x]."""
-        return rows.reshape(*rows.shape[:2], self.group, -1, rows.shape[3])
+    def by_head(self, x: jax.Array) -> jax.Array:
+        """[b, n, G t, x] as [b, n G, t, x]."""
+        b, n, t, _ = self.cut.sizes
+        return x.reshape(b, n * self.group, t, -1)
+
+    def by_group(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        b, n, t, _ = self.cut.sizes
+        return x.reshape(b, n, self.group * t, -1)
 
     def rows(self, x: jax.Array, i: Index) -> jax.Array:
         """Block i of bits [B, queries t, N, X] as [b, n, G t, X]."""
@@ -214,16 +220,13 @@ class Part(NamedTuple):
         return jax.lax.dynamic_update_slice(total, block, (self.row, i * t, self.head, 0))
 
     def row_numbers(self, x: jax.Array, i: Index) -> jax.Array:
-        """Block i of [B, N, queries t] as [b, n, G, t, 1]."""
+        """Block i of [B, N, queries t] as [b, n G, t, 1]."""
         b, n, t, _ = self.cut.sizes
-        corner, sizes = (self.row, self.head, i * t), (b, n * self.group, t)
-        return jax.lax.dynamic_slice(x, corner, sizes).reshape(b, n, self.group, t, 1)
+        return jax.lax.dynamic_slice(x, (self.row, self.head, i * t), (b, n * self.group, t))[..., None]
 
     def put_row_numbers(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
-        """[b, n, G, t] written to block i of [B, N, queries t]."""
-        b, n, t, _ = self.cut.sizes
-        block = x.reshape(b, n * self.group, t)
-        return jax.lax.dynamic_update_slice(total, block, (self.row, self.head, i * t))
+        """[b, n G, t] written to block i of [B, N, queries t]."""
+        return jax.lax.dynamic_update_slice(total, x, (self.row, self.head, i * self.cut.sizes.queries))
 
     def put_keys(self, total: jax.Array, turned: jax.Array) -> jax.Array:
         """All keys' blocks [keys, b, n, X, s] written to bits [B, keys s, K, X]."""
