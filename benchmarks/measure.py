@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -24,13 +25,14 @@ class Times(NamedTuple):
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
     """Times of each run, in turns, so that whatever else the machine does falls on all.
 
-    The first turn warms. In each turn a run is first made unseen: it finds the memory that the one before gives back
-    late, which cost up to 0.1 s after a large one.
+    The first turn warms. Each turn has an order of its own, and a run is first made unseen: what comes after 2 GiB that
+    are given back late took up to 0.1 s longer, and a little longer even the second time.
     """
+    shuffled = random.Random(0)
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name, run in runs.items():
+        for name, run in shuffled.sample(list(runs.items()), len(runs)):
             jax.block_until_ready(run())
             start, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())

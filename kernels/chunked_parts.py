@@ -7,7 +7,7 @@ a block of queries and of keys.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -115,7 +115,7 @@ class Cut(NamedTuple):
 
     def _part(self, row: Index, kv_head: Index) -> "Part":
         b, n, _, s = self.sizes
-        kinds = BlockKinds(*(x if x.shape[0] == 1 else _cut_rows(x, row, b) for x in self.kinds))
+        kinds = BlockKinds(*(x if x.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(x, row, b) for x in self.kinds))
         needed, whole = kinds.needed.any(0), kinds.whole.all(0)
         order = jnp.arange(self.keys, dtype=jnp.int32)
 
@@ -166,12 +166,12 @@ class Part(NamedTuple):
     @property
     def batch_indices(self) -> jax.Array:
         """Global, [b]."""
-        return _cut_rows(self.cut.problem.batch, self.row, self.cut.sizes.rows)
+        return jax.lax.dynamic_slice_in_dim(self.cut.problem.batch, self.row, self.cut.sizes.rows)
 
     @property
     def head_indices(self) -> jax.Array:
         """Global, of query heads, [n G]."""
-        return _cut_rows(self.cut.problem.heads, self.head, self.cut.sizes.kv_heads * self.group)
+        return jax.lax.dynamic_slice_in_dim(self.cut.problem.heads, self.head, self.cut.sizes.kv_heads * self.group)
 
     def query_side(self, i: Index) -> Side:
         return self.mask.query.block(i * self.cut.sizes.queries, self.cut.sizes.queries)
@@ -210,14 +210,13 @@ class Part(NamedTuple):
         """Block i of bits [B, queries t, N, X] as [b, n, G t, X]."""
         b, n, t, _ = self.cut.sizes
         corner, sizes = (self.row, i * t, self.head, 0), (b, t, n * self.group, x.shape[3])
-        block = jax.lax.dynamic_slice(x, corner, sizes).reshape(b, t, n, self.group, -1)
-        return from_bits(block.transpose(0, 2, 3, 1, 4).reshape(b, n, -1, x.shape[3]), self.cut.problem.q.dtype)
+        block = jax.lax.dynamic_slice(x, corner, sizes).transpose(0, 2, 1, 3)
+        return from_bits(self.by_group(block), self.cut.problem.q.dtype)
 
     def put_rows(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
         """The inverse: [b, n, G t, X] written to block i of bits [B, queries t, N, X]."""
-        b, n, t, _ = self.cut.sizes
-        block = to_bits(x).reshape(b, n, self.group, t, -1).transpose(0, 3, 1, 2, 4).reshape(b, t, n * self.group, -1)
-        return jax.lax.dynamic_update_slice(total, block, (self.row, i * t, self.head, 0))
+        block = self.by_head(to_bits(x)).transpose(0, 2, 1, 3)
+        return jax.lax.dynamic_update_slice(total, block, (self.row, i * self.cut.sizes.queries, self.head, 0))
 
     def row_numbers(self, x: jax.Array, i: Index) -> jax.Array:
         """Block i of [B, N, queries t] as [b, n G, t, 1]."""
@@ -256,7 +255,3 @@ def padded(x: jax.Array, length: int, axis: int) -> jax.Array:
     """Zeros at the end of an axis, up to `length`."""
     extra = length - x.shape[axis]
     return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
-
-
-def _cut_rows(x: jax.Array, start: Index, count: int) -> Any:
-    return jax.lax.dynamic_slice_in_dim(x, start, count)
