@@ -55,7 +55,7 @@ def temporaries(problem: Problem) -> int:
     share = sizes.rows * sizes.kv_heads / (shape.batch * shape.kv_heads)
     copies = int((size + wide) * share * keys)
     if size < wide:
-        copies += size * (3 * p.q.size + (keys if share < 1 else 0))
+        copies += size * (2 * p.q.size + (keys if share < 1 else 0))
     if isinstance(p.bias, jax.Array) and p.bias.dtype.itemsize < wide:
         copies += p.bias.size * (p.bias.dtype.itemsize + wide)
     return held + copies
@@ -167,16 +167,15 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
     p, axes = cut.problem, varying_axes(cut.q)
     # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse)
-    lse, d_lse = (padded(x, cut.q.shape[1], axis=2) for x in (lse, gradient.lse))
-    out, d_out = (padded(to_bits(x), cut.q.shape[1], axis=1) for x in (output.out, gradient.out))
+    # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
+    delta = jnp.sum(gradient.out.astype(p.dtype) * output.out.astype(p.dtype), axis=-1).swapaxes(1, 2) - gradient.lse
+    lse, delta = (padded(x, cut.q.shape[1], axis=2) for x in (lse, delta))
+    d_out = padded(to_bits(gradient.out), cut.q.shape[1], axis=1)
     kept = 1 / (1 - p.dropout)
 
     def one(part: Part, i: Index, sums: _Gradients) -> _Gradients:
         query, q, rows_d_out = part.query_side(i), _scaled_q(part, i), part.rows(d_out, i)
-        rows_lse = part.row_numbers(lse, i)
-        # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
-        products = rows_d_out.astype(p.dtype) * part.rows(out, i).astype(p.dtype)
-        delta = part.by_head(jnp.sum(products, axis=-1, keepdims=True)) - part.row_numbers(d_lse, i)
+        rows_lse, rows_delta = part.row_numbers(lse, i), part.row_numbers(delta, i)
         q_turned, d_out_turned = q.swapaxes(-1, -2), rows_d_out.swapaxes(-1, -2)
 
         def step(j: Index, sums: _Gradients) -> _Gradients:
@@ -185,7 +184,7 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
             weights = jnp.exp(x - rows_lse)
             d_v = _product(p, "bnht,bnts->bnhs", d_out_turned, part.by_group(_dropped(part, weights, query, key)))
             d_weights = part.by_head(_product(p, "bnth,bnsh->bnts", rows_d_out, part.values(j)))
-            d_x = weights * (_dropped(part, d_weights, query, key) * kept - delta)
+            d_x = weights * (_dropped(part, d_weights, query, key) * kept - rows_delta)
             place = part.place(i, j)
             d_bias = biases.add_gradient(sums.bias, cut.bias, d_x, part.head_indices, query, key, place)
             d_x = part.by_group(d_x if slope is None else d_x * slope)
