@@ -25,14 +25,14 @@ class Times(NamedTuple):
 def interleaved(runs: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, Times]:
     """Times of each run, in turns, so that whatever else the machine does falls on all.
 
-    The first turn warms. Each turn has an order of its own, and a run is first made unseen: what comes after 2 GiB that
-    are given back late took up to 0.1 s longer, and a little longer even the second time.
+    The first turn warms. A run just after one that frees 2 GiB took up to 0.1 s longer: each is made once unseen
+    before it is timed, and every turn has an order of its own.
     """
-    shuffled = random.Random(0)
+    generator = random.Random(0)
     wall: dict[str, list[float]] = {name: [] for name in runs}
     cpu: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(repeats + 1):
-        for name, run in shuffled.sample(list(runs.items()), len(runs)):
+        for name, run in generator.sample(list(runs.items()), len(runs)):
             jax.block_until_ready(run())
             start, used = time.perf_counter(), time.process_time()
             jax.block_until_ready(run())

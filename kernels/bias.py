@@ -25,9 +25,10 @@ BiasFunction = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 class Bias:
     """A bias computed from learned tables: function(tables, head, query, key).
 
-    function is called with int32 arrays: head [1, N, 1, 1] (global index of the query head), query [1 or B, 1, t, 1]
-    and key [1 or B, 1, 1, s] (positions, see `Mask.positions`); what it returns broadcasts to [B, N, t, s]. It must
-    treat pairs one by one, and reach learned arrays through `tables` alone, a pytree of floating arrays.
+    function is called with int32 arrays for some b of the rows and n of the query heads: head [1, n, 1, 1] (global
+    indices), query [1 or b, 1, t, 1] and key [1 or b, 1, 1, s] (positions, see `Mask.positions`); what it returns
+    broadcasts to [b, n, t, s]. It must treat pairs one by one, take what belongs to a head by `head`, and reach learned
+    arrays through `tables` alone, a pytree of floating arrays.
 
     >>> slopes = jnp.array([0.5, 0.25])  # ALiBi (Press et al. 2022, https://arxiv.org/abs/2108.12409) with two heads
     >>> alibi = Bias(lambda slopes, head, query, key: slopes[head] * (key - query), slopes)
@@ -71,7 +72,10 @@ def padded(bias: Given, queries: int, keys: int) -> Given:
 
 
 def block(bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, place: Place | None = None) -> jax.Array:
-    """The bias of one block of scores, broadcastable to [b, n, t, s]; place: None for the whole."""
+    """The bias of one block of scores, broadcastable to [b, n, t, s].
+
+    place: of the block in an array, None for all of it; a Bias goes by heads and sides.
+    """
     if isinstance(bias, Bias):
         return _evaluate(bias.function, bias.tables, heads, query, key)
     return bias if place is None else jax.lax.dynamic_slice(bias, *_slice(bias.shape, place))
@@ -103,8 +107,7 @@ def add_gradient(
         (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
         return jax.tree.map(lambda total, one: total + one.astype(total.dtype), gradient, tables)
     summed = scores.sum([axis for axis, size in enumerate(bias.shape) if size == 1], keepdims=True)
-    if place is None:
-        return gradient + summed
+    assert place is not None
     corner, sizes = _slice(bias.shape, place)
     return jax.lax.dynamic_update_slice(gradient, jax.lax.dynamic_slice(gradient, corner, sizes) + summed, corner)
 
@@ -114,11 +117,14 @@ def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side
     x = function(tables, heads[None, :, None, None], q, k)
     wanted = (max(q.shape[0], k.shape[0]), heads.shape[0], query.length, key.length)
     if x.ndim > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], wanted[::-1], strict=False)):
-        raise AttentionError(f"Bias function gave shape {x.shape}: for this block it must broadcast to {wanted}")
+        raise AttentionError(
+            f"Bias function gave shape {x.shape}: for this block it must broadcast to {wanted}; "
+            "index what belongs to a head by `head`"
+        )
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
-def _slice(shape: tuple[int, ...], place: Place) -> tuple[tuple[jax.Array | int, ...], tuple[int, ...]]:
-    """Corner and sizes of a block in an array bias; dimensions of 1 are taken whole."""
+def _slice(shape: tuple[int, ...], place: Place) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
+    """Corner, of one type, and sizes of a block in an array bias; dimensions of 1 are taken whole."""
     taken = [(0, 1) if size == 1 else one for size, one in zip(shape, place, strict=True)]
-    return tuple(start for start, _ in taken), tuple(size for _, size in taken)
+    return tuple(jnp.int32(start) for start, _ in taken), tuple(size for _, size in taken)

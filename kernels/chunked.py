@@ -18,14 +18,14 @@ import jax.numpy as jnp
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
-from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, cpu_sizes, cut, padded, square_sizes
+from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, counted, cpu_sizes, padded, square_sizes
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import Side, allowed
 from zoo.kernels.memory import from_bits, platform, to_bits
 from zoo.kernels.problem import Problem, varying_axes, varying_over
 
 HELD_FORWARD, HELD_BACKWARD = 2, 4
-"""Blocks of scores that one step holds at a time."""
+"""Blocks of scores that one step holds at a time; a soft cap, a bias and dropout add to them."""
 
 
 class Chunked(NamedTuple):
@@ -41,10 +41,10 @@ class Chunked(NamedTuple):
 
 
 def temporaries(problem: Problem) -> int:
-    """Bytes: four blocks of scores, six of rows of q's width, copies of a part's keys with their gradients in float32.
+    """Bytes: four blocks of scores, six blocks of q's width, copies of a part's keys and sums of their gradients.
 
-    More by one block each for a soft cap and a bias; by the gradient of an array as bias, in float32; by the arguments
-    as bits, where they are 16-bit floats. On TPUs an upper limit: VMEM holds a part.
+    More by one block each for a soft cap and a bias; by the sums for an array as bias; by the arguments as bits, where
+    they are 16-bit floats. On TPUs an upper limit: VMEM holds a part.
     """
     p, shape, size, wide = problem, problem.shape, problem.q.dtype.itemsize, problem.dtype.itemsize
     sizes = cpu_sizes(p, HELD_BACKWARD) if platform() == "cpu" else square_sizes(p, HELD_BACKWARD)
@@ -52,10 +52,10 @@ def temporaries(problem: Problem) -> int:
     blocks = HELD_BACKWARD + (p.soft_cap is not None) + (p.bias is not None)
     held = rows * wide * (blocks * sizes.keys + 6 * shape.head_dim)
     keys = p.k.size + p.v.size
-    share = sizes.rows * sizes.kv_heads / (shape.batch * shape.kv_heads)
-    copies = int((size + wide) * share * keys)
+    of_part = keys * sizes.rows * sizes.kv_heads // (shape.batch * shape.kv_heads)
+    copies = (size + wide) * of_part
     if size < wide:
-        copies += size * (2 * p.q.size + (keys if share < 1 else 0))
+        copies += size * (2 * p.q.size + (keys if of_part < keys else 0))
     if isinstance(p.bias, jax.Array) and p.bias.dtype.itemsize < wide:
         copies += p.bias.size * (p.bias.dtype.itemsize + wide)
     return held + copies
@@ -64,11 +64,11 @@ def temporaries(problem: Problem) -> int:
 def _by_platform(sizes: Sizes | None, held: int, run: Callable[..., Any], problem: Problem, *arguments: Output) -> Any:
     """run(problem cut by sizes, *arguments), the sizes fixed when a platform is compiled for."""
 
-    def at(sizes: Sizes) -> Callable[..., Any]:
-        return lambda problem, *rest: run(cut(problem, sizes), *rest)
+    def at(settled: Sizes) -> Callable[..., Any]:
+        return lambda problem, *rest: run(Cut.of(problem, settled), *rest)
 
     if sizes is not None:
-        return at(sizes)(problem, *arguments)
+        return at(sizes.settled(problem))(problem, *arguments)
     on_cpu, elsewhere = cpu_sizes(problem, held), square_sizes(problem, held)
     if on_cpu == elsewhere:
         return at(on_cpu)(problem, *arguments)
@@ -83,7 +83,7 @@ def _product(p: Problem, equation: str, x: jax.Array, y: jax.Array) -> jax.Array
 
 def _scaled_q(part: Part, i: Index) -> jax.Array:
     p = part.cut.problem
-    rows = part.rows(part.cut.q, i)
+    rows = part.queries(part.cut.q, i)
     return (rows.astype(p.dtype) * p.scale).astype(rows.dtype)
 
 
@@ -141,13 +141,13 @@ def _forward(cut: Cut) -> Output:
         total = jnp.where(empty, 1, total)
         out = (out / (part.by_group(total[..., None]) * (1 - p.dropout))).astype(p.q.dtype)
         lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
-        return Output(part.put_rows(results.out, i, out), part.put_row_numbers(results.lse, i, lse))
+        return Output(part.put_queries(results.out, i, out), part.put_per_query(results.lse, i, lse))
 
     rows = cut.q.shape[:3]
     results = Output(jnp.zeros((*rows, cut.v.shape[3]), cut.q.dtype), jnp.zeros((rows[0], rows[2], rows[1]), p.dtype))
 
     def of_part(part: Part, results: Output) -> Output:
-        return jax.lax.fori_loop(0, cut.queries, partial(one, part), results)
+        return counted(cut.query_blocks, partial(one, part), results)
 
     results = cut.over_parts(of_part, varying_over(results, axes))
     length = p.shape.queries
@@ -155,7 +155,11 @@ def _forward(cut: Cut) -> Output:
 
 
 class _Gradients(NamedTuple):
-    """Of q, k and v as bits, like them in `Cut`; of the bias as in `biases.zero_gradient`."""
+    """Of q, k, v and the bias.
+
+    Between parts q, k and v are bits, as in `Cut`. While a part is summed, k and v are its float32 sums, transposed
+    [key_blocks, b, n, H, s]; in a step q is a block's, [b, n, G t, H].
+    """
 
     q: jax.Array
     k: jax.Array
@@ -165,17 +169,17 @@ class _Gradients(NamedTuple):
 
 def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
     p, axes = cut.problem, varying_axes(cut.q)
-    # exp(x - inf) is 0: rows with nothing to attend to have no gradient.
+    # exp(x - inf) is 0: rows with nothing to attend to, and those added to fill a block, have no gradient.
     lse = jnp.where(output.lse == -jnp.inf, jnp.inf, output.lse)
     # d score = weight (d weight - delta): what normalising, and lse, give back to every score of a row.
     delta = jnp.sum(gradient.out.astype(p.dtype) * output.out.astype(p.dtype), axis=-1).swapaxes(1, 2) - gradient.lse
-    lse, delta = (padded(x, cut.q.shape[1], axis=2) for x in (lse, delta))
+    lse, delta = padded(lse, cut.q.shape[1], axis=2, value=jnp.inf), padded(delta, cut.q.shape[1], axis=2)
     d_out = padded(to_bits(gradient.out), cut.q.shape[1], axis=1)
     kept = 1 / (1 - p.dropout)
 
     def one(part: Part, i: Index, sums: _Gradients) -> _Gradients:
-        query, q, rows_d_out = part.query_side(i), _scaled_q(part, i), part.rows(d_out, i)
-        rows_lse, rows_delta = part.row_numbers(lse, i), part.row_numbers(delta, i)
+        query, q, rows_d_out = part.query_side(i), _scaled_q(part, i), part.queries(d_out, i)
+        rows_lse, rows_delta = part.per_query(lse, i), part.per_query(delta, i)
         q_turned, d_out_turned = q.swapaxes(-1, -2), rows_d_out.swapaxes(-1, -2)
 
         def step(j: Index, sums: _Gradients) -> _Gradients:
@@ -194,12 +198,12 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
 
         zero = varying_over(jnp.zeros(q.shape, p.dtype), axes)
         total = part.over_keys(i, step, sums._replace(q=zero))
-        return total._replace(q=part.put_rows(sums.q, i, (total.q * p.scale).astype(p.q.dtype)))
+        return total._replace(q=part.put_queries(sums.q, i, (total.q * p.scale).astype(p.q.dtype)))
 
     def of_part(part: Part, results: _Gradients) -> _Gradients:
         turned = [jnp.zeros((*x.shape[:3], x.shape[4], x.shape[3]), p.dtype) for x in (part.k, part.v)]
         d_k, d_v = varying_over(turned, axes)
-        sums = jax.lax.fori_loop(0, cut.queries, partial(one, part), results._replace(k=d_k, v=d_v))
+        sums = counted(cut.query_blocks, partial(one, part), results._replace(k=d_k, v=d_v))
         d_k, d_v = (x.astype(p.q.dtype) for x in (sums.k, sums.v * kept))
         return sums._replace(k=part.put_keys(results.k, d_k), v=part.put_keys(results.v, d_v))
 

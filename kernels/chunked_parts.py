@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.kernels import bias as biases
-from zoo.kernels.mask import BlockKinds, ResolvedMask, Side, block_kinds
+from zoo.kernels.mask import ResolvedMask, Side, block_kinds
 from zoo.kernels.memory import from_bits, to_bits
 from zoo.kernels.problem import Problem
 
@@ -35,18 +35,25 @@ class Sizes(NamedTuple):
     queries: int
     keys: int
 
+    def settled(self, problem: Problem) -> "Sizes":
+        """At most these: such that cut rows and heads evenly, and lengths with the least padding."""
+        shape = problem.shape
+        rows, kv_heads = _divisor(shape.batch, self.rows), _divisor(shape.kv_heads, self.kv_heads)
+        return Sizes(rows, kv_heads, _block(shape.queries, self.queries), _block(shape.keys, self.keys))
+
 
 def cpu_sizes(problem: Problem, held: int) -> Sizes:
     """For steps that hold `held` blocks of scores; the fastest of those tried, benchmarks/notes/attention_cpu.md.
 
-    XLA's products of fewer than 512 rows keep to one core. Where sequences are short, half of a causal diagonal block
-    is more waste than that.
+    XLA's float32 products of fewer than about 400 rows keep to one core. Where sequences are short, half of a causal
+    diagonal block is more waste than that. Heads in groups have rows enough in 256 queries; of very large groups, 2048
+    rows are as many as a step may hold.
     """
     shape, limit = problem.shape, CPU_BYTES // held
     if max(shape.queries, shape.keys) < 1024:
         return _fitting(problem, 128, 128, limit)
     group = shape.heads // shape.kv_heads
-    return _fitting(problem, max(512 // group, min(256, 2048 // group), 1), 256, limit)
+    return _fitting(problem, 512 if group == 1 else max(1, min(256, 2048 // group)), 256, limit)
 
 
 def square_sizes(problem: Problem, held: int) -> Sizes:
@@ -55,17 +62,11 @@ def square_sizes(problem: Problem, held: int) -> Sizes:
 
 
 def _fitting(problem: Problem, t: int, s: int, limit: int) -> Sizes:
-    """As many heads, and then rows, as have blocks of scores within the limit."""
+    """As many heads, and then rows, as have blocks of scores of at most `limit` bytes together."""
     shape = problem.shape
+    t, s = _block(shape.queries, t), _block(shape.keys, s)
     fit = max(1, limit // (shape.heads // shape.kv_heads * t * s * problem.dtype.itemsize))
-    return settled(problem, Sizes(max(1, fit // shape.kv_heads), fit, t, s))
-
-
-def settled(problem: Problem, most: Sizes) -> Sizes:
-    """The sizes that cut rows and heads evenly and lengths with the least padding, within `most`."""
-    shape = problem.shape
-    rows, kv_heads = _divisor(shape.batch, most.rows), _divisor(shape.kv_heads, most.kv_heads)
-    return Sizes(rows, kv_heads, _block(shape.queries, most.queries), _block(shape.keys, most.keys))
+    return Sizes(max(1, fit // shape.kv_heads), fit, t, s).settled(problem)
 
 
 def _divisor(number: int, limit: int) -> int:
@@ -82,7 +83,7 @@ def _block(length: int, limit: int) -> int:
 class Cut(NamedTuple):
     """A problem with its lengths padded to whole blocks.
 
-    q [B, queries t, N, H] and k, v [B, keys s, K, H], as bits; kinds: of the pairs of blocks; sizes: b, n, t, s.
+    q [B, query_blocks t, N, H] and k, v [B, key_blocks s, K, H], as bits.
     """
 
     problem: Problem
@@ -91,15 +92,23 @@ class Cut(NamedTuple):
     v: jax.Array
     mask: ResolvedMask
     bias: biases.Given
-    kinds: BlockKinds
     sizes: Sizes
 
+    @classmethod
+    def of(cls, problem: Problem, sizes: Sizes) -> "Cut":
+        """sizes: settled."""
+        p = problem
+        lengths = zip((p.shape.queries, p.shape.keys), (sizes.queries, sizes.keys), strict=True)
+        queries, keys = (-(-length // size) * size for length, size in lengths)
+        q, k, v = (padded(to_bits(x), size, axis=1) for x, size in ((p.q, queries), (p.k, keys), (p.v, keys)))
+        return cls(p, q, k, v, p.mask.padded(queries, keys), biases.padded(p.bias, queries, keys), sizes)
+
     @property
-    def queries(self) -> int:
+    def query_blocks(self) -> int:
         return self.q.shape[1] // self.sizes.queries
 
     @property
-    def keys(self) -> int:
+    def key_blocks(self) -> int:
         return self.k.shape[1] // self.sizes.keys
 
     def over_parts(self, run: "Callable[[Part, Results], Results]", results: Results) -> Results:
@@ -111,16 +120,16 @@ class Cut(NamedTuple):
         def one(c: Index, results: Results) -> Results:
             return run(self._part(c // across * sizes.rows, c % across * sizes.kv_heads), results)
 
-        return one(0, results) if count == 1 else jax.lax.fori_loop(0, count, one, results)
+        return one(0, results) if count == 1 else counted(count, one, results)
 
     def _part(self, row: Index, kv_head: Index) -> "Part":
-        b, n, _, s = self.sizes
-        kinds = BlockKinds(*(x if x.shape[0] == 1 else jax.lax.dynamic_slice_in_dim(x, row, b) for x in self.kinds))
-        needed, whole = kinds.needed.any(0), kinds.whole.all(0)
-        order = jnp.arange(self.keys, dtype=jnp.int32)
+        b, n, t, s = self.sizes
+        mask = self.mask.rows(row, b)
+        kinds = block_kinds(mask, t, s)
+        needed, order = kinds.needed.any(0), jnp.arange(self.key_blocks, dtype=jnp.int32)
 
         def blocks(x: jax.Array) -> jax.Array:
-            x = jax.lax.dynamic_slice(x, (row, 0, kv_head, 0), (b, x.shape[1], n, x.shape[3]))
+            x = jax.lax.dynamic_slice(x, _corner(row, 0, kv_head, 0), (b, x.shape[1], n, x.shape[3]))
             return x.reshape(b, -1, s, n, x.shape[3]).transpose(1, 0, 3, 2, 4)
 
         return Part(
@@ -129,18 +138,18 @@ class Cut(NamedTuple):
             kv_head=kv_head,
             k=blocks(self.k),
             v=blocks(self.v),
-            mask=self.mask.rows(row, b),
-            first=jnp.min(jnp.where(needed, order, self.keys), axis=1),
+            mask=mask,
+            first=jnp.min(jnp.where(needed, order, self.key_blocks), axis=1),
             last=jnp.max(jnp.where(needed, order + 1, 0), axis=1),
-            whole=whole,
+            whole=kinds.whole.all(0),
         )
 
 
 class Part(NamedTuple):
-    """Rows and heads from row and kv_head on. k, v [keys, b, n, s, H], as bits.
+    """Rows and heads from row and kv_head on. k, v [key_blocks, b, n, s, H], as bits.
 
-    first, last [queries]: the range of key blocks that the mask leaves anything of; whole [queries, keys]: no masking
-    needed.
+    first, last [query_blocks]: the range of key blocks that the mask leaves anything of; whole [query_blocks,
+    key_blocks]: no masking needed.
     """
 
     cut: Cut
@@ -180,13 +189,13 @@ class Part(NamedTuple):
         return self.mask.key.block(j * self.cut.sizes.keys, self.cut.sizes.keys)
 
     def place(self, i: Index, j: Index) -> biases.Place:
-        """Of a block in an array [B, N, queries t, keys s]."""
+        """Of a block in an array [B, N, query_blocks t, key_blocks s]."""
         b, n, t, s = self.cut.sizes
         return (self.row, b), (self.head, n * self.group), (i * t, t), (j * s, s)
 
     def over_keys(self, i: Index, body: Callable[[Index, Results], Results], carry: Results) -> Results:
         """body(j, carry) for the key blocks that block i of the queries needs."""
-        if self.cut.keys == 1:
+        if self.cut.key_blocks == 1:
             return body(0, carry)
         return jax.lax.fori_loop(self.first[i], self.last[i], body, carry)
 
@@ -206,52 +215,47 @@ class Part(NamedTuple):
         b, n, t, _ = self.cut.sizes
         return x.reshape(b, n, self.group * t, -1)
 
-    def rows(self, x: jax.Array, i: Index) -> jax.Array:
-        """Block i of bits [B, queries t, N, X] as [b, n, G t, X]."""
+    def queries(self, x: jax.Array, i: Index) -> jax.Array:
+        """Block i of bits [B, query_blocks t, N, X] as [b, n, G t, X]."""
         b, n, t, _ = self.cut.sizes
-        corner, sizes = (self.row, i * t, self.head, 0), (b, t, n * self.group, x.shape[3])
+        corner, sizes = _corner(self.row, i * t, self.head, 0), (b, t, n * self.group, x.shape[3])
         block = jax.lax.dynamic_slice(x, corner, sizes).transpose(0, 2, 1, 3)
         return from_bits(self.by_group(block), self.cut.problem.q.dtype)
 
-    def put_rows(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
-        """The inverse: [b, n, G t, X] written to block i of bits [B, queries t, N, X]."""
+    def put_queries(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
+        """The inverse: [b, n, G t, X] written to block i of bits [B, query_blocks t, N, X]."""
         block = self.by_head(to_bits(x)).transpose(0, 2, 1, 3)
-        return jax.lax.dynamic_update_slice(total, block, (self.row, i * self.cut.sizes.queries, self.head, 0))
+        return jax.lax.dynamic_update_slice(total, block, _corner(self.row, i * self.cut.sizes.queries, self.head, 0))
 
-    def row_numbers(self, x: jax.Array, i: Index) -> jax.Array:
-        """Block i of [B, N, queries t] as [b, n G, t, 1]."""
+    def per_query(self, x: jax.Array, i: Index) -> jax.Array:
+        """Block i of [B, N, query_blocks t] as [b, n G, t, 1]."""
         b, n, t, _ = self.cut.sizes
-        return jax.lax.dynamic_slice(x, (self.row, self.head, i * t), (b, n * self.group, t))[..., None]
+        return jax.lax.dynamic_slice(x, _corner(self.row, self.head, i * t), (b, n * self.group, t))[..., None]
 
-    def put_row_numbers(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
-        """[b, n G, t] written to block i of [B, N, queries t]."""
-        return jax.lax.dynamic_update_slice(total, x, (self.row, self.head, i * self.cut.sizes.queries))
+    def put_per_query(self, total: jax.Array, i: Index, x: jax.Array) -> jax.Array:
+        """[b, n G, t] written to block i of [B, N, query_blocks t]."""
+        return jax.lax.dynamic_update_slice(total, x, _corner(self.row, self.head, i * self.cut.sizes.queries))
 
     def put_keys(self, total: jax.Array, turned: jax.Array) -> jax.Array:
-        """All keys' blocks [keys, b, n, X, s] written to bits [B, keys s, K, X]."""
+        """All keys' blocks [key_blocks, b, n, X, s] written to bits [B, key_blocks s, K, X]."""
         x = to_bits(turned).transpose(1, 0, 4, 2, 3)
         x = x.reshape(x.shape[0], -1, *x.shape[3:])
-        return jax.lax.dynamic_update_slice(total, x, (self.row, 0, self.kv_head, 0))
+        return jax.lax.dynamic_update_slice(total, x, _corner(self.row, 0, self.kv_head, 0))
 
 
-def cut(problem: Problem, most: Sizes) -> Cut:
-    """most: of rows, heads, queries and keys; see `settled`."""
-    p, sizes = problem, settled(problem, most)
-    queries, keys = (-(-x // size) * size for x, size in zip(p.shape[1:3], sizes[2:], strict=True))
-    mask = p.mask.padded(queries, keys)
-    return Cut(
-        problem=p,
-        q=padded(to_bits(p.q), queries, axis=1),
-        k=padded(to_bits(p.k), keys, axis=1),
-        v=padded(to_bits(p.v), keys, axis=1),
-        mask=mask,
-        bias=biases.padded(p.bias, queries, keys),
-        kinds=block_kinds(mask, sizes.queries, sizes.keys),
-        sizes=sizes,
-    )
+def counted(count: int, body: Callable[[Index, Results], Results], results: Results) -> Results:
+    """results = body(i, results) for i from 0 on."""
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    return jax.lax.scan(lambda results, i: (body(i, results), None), results, numbers)[0]
 
 
-def padded(x: jax.Array, length: int, axis: int) -> jax.Array:
-    """Zeros at the end of an axis, up to `length`."""
+def _corner(*starts: Index) -> tuple[jax.Array, ...]:
+    """Of one type, as slices want it: with 64 bits enabled Python's integers are int64 beside the loops' int32."""
+    return tuple(jnp.int32(start) for start in starts)
+
+
+def padded(x: jax.Array, length: int, axis: int, value: float = 0) -> jax.Array:
+    """`value` at the end of an axis, up to `length`."""
     extra = length - x.shape[axis]
-    return jnp.pad(x, [(0, extra if a == axis else 0) for a in range(x.ndim)]) if extra else x
+    widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if extra else x

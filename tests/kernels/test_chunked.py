@@ -146,15 +146,52 @@ def test_blocks_that_the_mask_empties_are_skipped(mask):
     np.testing.assert_array_equal(rows(q, *poisoned), rows(q, k, v))
 
 
+def with_gradients(attend, *arrays, **options):
+    """Output, and gradients of its squares' sum by the arrays."""
+
+    def loss(*arrays):
+        out = attend(build(*arrays, Mask(causal=True), **options)).output
+        return jnp.sum(out.astype(jnp.float32) ** 2), out
+
+    (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return out, *gradients
+
+
+def in_parts(*blocks):
+    return partial(engine.attend, chunked.Chunked(Sizes(1, 1, *blocks)))
+
+
 def test_bfloat16_is_as_near_to_float32_as_xla():
-    q, k, v = example(t=100, h=32, dtype=jnp.bfloat16)
-    exact = attention(*(x.astype(jnp.float32) for x in (q, k, v)), Mask(causal=True), impl="xla")
+    arrays = example(t=100, h=32, dtype=jnp.bfloat16)
+    exact = with_gradients(reference.attend, *(x.astype(jnp.float32) for x in arrays))
     error = {}
-    for impl in ("xla", "chunked"):
-        out = attention(q, k, v, Mask(causal=True), impl=impl)
-        assert out.dtype == jnp.bfloat16
-        error[impl] = float(jnp.max(jnp.abs(out - exact)))
-    assert error["chunked"] <= 1.5 * error["xla"] < 0.05
+    for attend in (reference.attend, in_parts(16, 24)):
+        found = with_gradients(attend, *arrays)
+        assert all(x.dtype == jnp.bfloat16 for x in found)
+        error[attend] = [float(jnp.max(jnp.abs(x - y))) for x, y in zip(found, exact, strict=True)]
+    for expected, result in zip(*error.values(), strict=True):
+        assert result <= 1.5 * expected < 0.2
+
+
+def test_float64():
+    """Where Python's integers are int64 beside the int32 of the mask."""
+    with jax.enable_x64(True):
+        arrays = [x.astype(jnp.float64) for x in example()]
+        bias = jnp.linspace(-1, 1, 40)[None, None, :, None] * jnp.linspace(0, 2, 40)
+        expected = with_gradients(reference.attend, *arrays, bias=bias)
+        for blocks in ((8, 8), (64, 64)):
+            for x, y in zip(with_gradients(in_parts(*blocks), *arrays, bias=bias), expected, strict=True):
+                assert x.dtype == jnp.float64
+                np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_that_fill_a_block_add_nothing():
+    """Their scores are 0 but for the bias, of which exp overflows."""
+    arrays = example(t=13)
+    bias = jnp.full((1, 1, 1, 13), 100.0)
+    expected = with_gradients(reference.attend, *arrays, bias=bias)
+    for x, y in zip(with_gradients(in_parts(8, 8), *arrays, bias=bias), expected, strict=True):
+        np.testing.assert_allclose(x, y, rtol=TOLERANCE, atol=TOLERANCE)
 
 
 def test_checkpoint_policy_by_name_spares_the_second_forward_pass():
