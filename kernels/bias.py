@@ -40,7 +40,7 @@ class Bias:
 
 Given = jax.Array | Bias | None
 
-Place = tuple[tuple[jax.Array | int, int], ...]
+Slices = tuple[tuple[jax.Array | int, int], ...]
 """Start and size of a block in each dimension of the padded [B, N, T, S]."""
 
 
@@ -71,14 +71,14 @@ def padded(bias: Given, queries: int, keys: int) -> Given:
     return jnp.pad(bias, ((0, 0), (0, 0), (0, extra[0]), (0, extra[1]))) if any(extra) else bias
 
 
-def block(bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, place: Place | None = None) -> jax.Array:
+def block(bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, slices: Slices | None = None) -> jax.Array:
     """The bias of one block of scores, broadcastable to [b, n, t, s].
 
-    place: of the block in an array, None for all of it; a Bias goes by heads and sides.
+    slices: of the block in an array, None for all of it; a Bias goes by heads and sides.
     """
     if isinstance(bias, Bias):
         return _evaluate(bias.function, bias.tables, heads, query, key)
-    return bias if place is None else jax.lax.dynamic_slice(bias, *_slice(bias.shape, place))
+    return bias if slices is None else jax.lax.dynamic_slice(bias, *_slice(bias.shape, slices))
 
 
 def zero_gradient(bias: Given, dtype: jnp.dtype) -> Any:
@@ -93,7 +93,7 @@ def add_gradient(
     heads: jax.Array,
     query: Side,
     key: Side,
-    place: Place | None = None,
+    slices: Slices | None = None,
 ) -> Any:
     """Adds what one block's gradient of the scores [b, n, t, s] gives for the bias."""
     if bias is None:
@@ -107,8 +107,8 @@ def add_gradient(
         (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
         return jax.tree.map(lambda total, one: total + one.astype(total.dtype), gradient, tables)
     summed = scores.sum([axis for axis, size in enumerate(bias.shape) if size == 1], keepdims=True)
-    assert place is not None
-    corner, sizes = _slice(bias.shape, place)
+    assert slices is not None
+    corner, sizes = _slice(bias.shape, slices)
     return jax.lax.dynamic_update_slice(gradient, jax.lax.dynamic_slice(gradient, corner, sizes) + summed, corner)
 
 
@@ -124,7 +124,7 @@ def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side
     return x.reshape((1,) * (4 - x.ndim) + x.shape)
 
 
-def _slice(shape: tuple[int, ...], place: Place) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
+def _slice(shape: tuple[int, ...], slices: Slices) -> tuple[tuple[jax.Array, ...], tuple[int, ...]]:
     """Corner, of one type, and sizes of a block in an array bias; dimensions of 1 are taken whole."""
-    taken = [(0, 1) if size == 1 else one for size, one in zip(shape, place, strict=True)]
+    taken = [(0, 1) if size == 1 else one for size, one in zip(shape, slices, strict=True)]
     return tuple(jnp.int32(start) for start, _ in taken), tuple(size for _, size in taken)

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 
 from zoo.kernels import bias as biases
 from zoo.kernels import dropout as dropouts
-from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, counted, cpu_sizes, padded, square_sizes
+from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, counted, cpu_sizes, square_sizes
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import Side, allowed
 from zoo.kernels.memory import from_bits, platform, to_bits
-from zoo.kernels.problem import Problem, varying_axes, varying_over
+from zoo.kernels.problem import Problem, padded, varying_axes, varying_over
 
 HELD_FORWARD, HELD_BACKWARD = 2, 4
 """Blocks of scores that one step holds at a time; a soft cap, a bias and dropout add to them."""
@@ -96,7 +96,7 @@ def _scores(part: Part, q: jax.Array, i: Index, j: Index, query: Side, key: Side
         capped = jnp.tanh(x / p.soft_cap)
         x, slope = p.soft_cap * capped, 1 - capped * capped
     if part.cut.bias is not None:
-        x += biases.block(part.cut.bias, part.head_indices, query, key, part.place(i, j)).astype(p.dtype)
+        x += biases.block(part.cut.bias, part.head_indices, query, key, part.slices(i, j)).astype(p.dtype)
     if part.mask.hides:
 
         def masked(_: Index, x: jax.Array) -> jax.Array:
@@ -189,8 +189,8 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
             d_v = _product(p, "bnht,bnts->bnhs", d_out_turned, part.by_group(_dropped(part, weights, query, key)))
             d_weights = part.by_head(_product(p, "bnth,bnsh->bnts", rows_d_out, part.values(j)))
             d_x = weights * (_dropped(part, d_weights, query, key) * kept - rows_delta)
-            place = part.place(i, j)
-            d_bias = biases.add_gradient(sums.bias, cut.bias, d_x, part.head_indices, query, key, place)
+            slices = part.slices(i, j)
+            d_bias = biases.add_gradient(sums.bias, cut.bias, d_x, part.head_indices, query, key, slices)
             d_x = part.by_group(d_x if slope is None else d_x * slope)
             d_k = _product(p, "bnht,bnts->bnhs", q_turned, d_x)
             d_q = sums.q + _product(p, "bnts,bnsh->bnth", d_x, part.keys(j))

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from zoo.kernels import bias as biases
 from zoo.kernels.mask import ResolvedMask, Side, block_kinds
 from zoo.kernels.memory import from_bits, to_bits
-from zoo.kernels.problem import Problem
+from zoo.kernels.problem import Problem, padded
 
 Results = TypeVar("Results")
 Index = jax.Array | int
@@ -188,7 +188,7 @@ class Part(NamedTuple):
     def key_side(self, j: Index) -> Side:
         return self.mask.key.block(j * self.cut.sizes.keys, self.cut.sizes.keys)
 
-    def place(self, i: Index, j: Index) -> biases.Place:
+    def slices(self, i: Index, j: Index) -> biases.Slices:
         """Of a block in an array [B, N, query_blocks t, key_blocks s]."""
         b, n, t, s = self.cut.sizes
         return (self.row, b), (self.head, n * self.group), (i * t, t), (j * s, s)
@@ -252,10 +252,3 @@ def counted(count: int, body: Callable[[Index, Results], Results], results: Resu
 def _corner(*starts: Index) -> tuple[jax.Array, ...]:
     """Of one type, as slices want it: with 64 bits enabled Python's integers are int64 beside the loops' int32."""
     return tuple(jnp.int32(start) for start in starts)
-
-
-def padded(x: jax.Array, length: int, axis: int, value: float = 0) -> jax.Array:
-    """`value` at the end of an axis, up to `length`."""
-    extra = length - x.shape[axis]
-    widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if extra else x

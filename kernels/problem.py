@@ -190,6 +190,13 @@ def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
     return x.reshape(b, 1, 1, *rest) if n == 1 else x.reshape(b, kv_heads, n // kv_heads, *rest)
 
 
+def padded(x: jax.Array, length: int, axis: int, value: float = 0) -> jax.Array:
+    """`value` at the end of an axis, up to `length`."""
+    extra = length - x.shape[axis]
+    widths = [(0, extra if a == axis else 0) for a in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if extra else x
+
+
 def varying_axes(tree: Any) -> frozenset[str]:
     """The mesh axes that arrays inside shard_map differ over."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))

@@ -31,7 +31,7 @@ from zoo.kernels.chunked import Chunked
 from zoo.kernels.engine import ByPlatform, Engine, Learned, Output
 from zoo.kernels.mask import ResolvedMask, Where
 from zoo.kernels.memory import platform
-from zoo.kernels.problem import Problem
+from zoo.kernels.problem import Problem, padded
 from zoo.kernels.tpu_bias import LOG2_E
 from zoo.kernels.tpu_blocks import Blocks
 from zoo.kernels.tpu_call import Call
@@ -345,5 +345,4 @@ def _backward_buffers(call: Call, out: jax.Array, lse: jax.Array, gradient: Outp
 
 def _padded_rows(call: Call, lse: jax.Array, d_lse: jax.Array) -> jax.Array:
     """[B, N, 2, T padded]; a query that only pads has the weights exp(x - inf)."""
-    extra = ((0, 0), (0, 0), (0, call.queries - lse.shape[2]))
-    return jnp.stack([jnp.pad(lse, extra, constant_values=jnp.inf), jnp.pad(d_lse, extra)], axis=2)
+    return jnp.stack([padded(lse, call.queries, axis=2, value=jnp.inf), padded(d_lse, call.queries, axis=2)], axis=2)

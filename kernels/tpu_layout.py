@@ -8,10 +8,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from zoo.kernels.problem import padded
 from zoo.kernels.tpu_blocks import LANES, Blocks
 
 ZERO = np.int32(0)
@@ -41,7 +41,7 @@ class Buffers(NamedTuple):
 
 def heads(x: jax.Array, length: int, rows: int, place: Place) -> Operand:
     """[B, L, N, X], padded to `length`, in blocks of `rows`."""
-    x = _padded(x, length, axis=1)
+    x = padded(x, length, axis=1)
     array = x.reshape(*x.shape[:2], -1) if x.shape[3] % LANES == 0 else x.swapaxes(1, 2)
     return Operand(array, _blocks(x.shape[3], rows, place))
 
@@ -92,11 +92,6 @@ def by_pair(array: Any, blocks: Blocks, query: Place, key: Place) -> Operand:
         return *where, of_queries, key(*indices)[1]
 
     return Operand(array, pl.BlockSpec((None, None, blocks.queries, blocks.keys), index))
-
-
-def _padded(x: jax.Array, length: int, axis: int) -> jax.Array:
-    extra = [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, extra) if length > x.shape[axis] else x
 
 
 def _blocks(width: int, rows: int, place: Place) -> pl.BlockSpec:

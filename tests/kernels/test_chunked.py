@@ -96,6 +96,10 @@ def example(t=40, b=2, n=4, kv_heads=2, h=8, dtype=jnp.float32):
     return [jax.random.normal(key, (b, t, m, h), dtype) for key, m in zip(keys, (n, kv_heads, kv_heads), strict=True)]
 
 
+def in_parts(*blocks):
+    return partial(engine.attend, chunked.Chunked(Sizes(1, 1, *blocks)))
+
+
 def test_rows_with_nothing_to_attend_to():
     q, k, v = example()
     mask = Mask(lengths=jnp.array([0, 40]), segments=jnp.ones((2, 40), int).at[1, 7].set(0))
@@ -138,9 +142,7 @@ def test_blocks_that_the_mask_empties_are_skipped(mask):
     poison = jnp.asarray(np.repeat(~seen, block, axis=1))[:, :, None, None]
 
     def rows(q, k, v):
-        return engine.attend(chunked.Chunked(Sizes(1, 1, block, block)), build(q, k, v, mask)).output[
-            :, row : row + block
-        ]
+        return in_parts(block, block)(build(q, k, v, mask)).output[:, row : row + block]
 
     poisoned = [jnp.where(poison, jnp.nan, x) for x in (k, v)]
     np.testing.assert_array_equal(rows(q, *poisoned), rows(q, k, v))
@@ -155,10 +157,6 @@ def with_gradients(attend, *arrays, **options):
 
     (_, out), gradients = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
     return out, *gradients
-
-
-def in_parts(*blocks):
-    return partial(engine.attend, chunked.Chunked(Sizes(1, 1, *blocks)))
 
 
 def test_bfloat16_is_as_near_to_float32_as_xla():
