@@ -1,8 +1,9 @@
 """Decoding token by token with a cache: greedy or sampled, batched, streamed, and compiled once.
 
 Works with any model that has `features(tokens, cache=)`, `logits(hidden)`, `init_cache(batch_size, length)` and
-`config.max_length`, `config.vocab_size` (see zoo.models.gpt). Prompts of different length share a batch: each row
-stands left-aligned and has its own length, the cache's slots behind it are overwritten as the row grows.
+`config.max_length`, `config.vocab_size`, `config.special_tokens` (see zoo.models.gpt). Prompts of different length
+share a batch: each row stands left-aligned and has its own length, the cache's slots behind it are overwritten as the
+row grows.
 """
 
 import math
@@ -163,12 +164,13 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    stop_tokens: Sequence[int] = (),
+    stop_tokens: Sequence[int] | None = None,
     key: jax.Array | None = None,
     callback: Callback | None = None,
 ) -> Generation:
     """Continues each prompt (token ids, at least one) by up to max_new_tokens; see Sampling for the distribution.
 
+    stop_tokens: any of them ends a row; None: those of the model's config, which a published model has.
     key: needed where temperature is above 0. The same key, prompts and options give the same tokens.
     callback: called as callback(row, token) for every new token as soon as it is there; stop tokens are not passed.
     Without it, the whole continuation is one call to the device.
@@ -184,7 +186,7 @@ def generate(
         padded[row, : len(prompt)] = prompt
     options = (
         sampling if temperature > 0 else None,
-        jnp.asarray(stop_tokens, jnp.int32),
+        jnp.asarray(model.config.special_tokens.eos if stop_tokens is None else stop_tokens, jnp.int32),
         jax.random.key(0) if key is None else key,
     )
 

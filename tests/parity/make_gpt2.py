@@ -5,12 +5,10 @@
 Sizes are awkward on purpose, biases and norms are random too, and logits spread as a trained model's do.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 FOLDER = Path(__file__).parent / "gpt2"
@@ -45,10 +43,8 @@ def main() -> None:
             torch.tensor(prompts), attention_mask=torch.ones(2, 7), max_new_tokens=20, do_sample=False
         )
     FOLDER.mkdir(exist_ok=True)
-    # The tied head is a second name of the embedding, and is left out as published files leave it out.
-    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
-    save_file(tensors, FOLDER / "model.safetensors")
-    (FOLDER / "config.json").write_text(json.dumps(SIZES | {"layer_norm_epsilon": model.config.layer_norm_epsilon}))
+    model.save_pretrained(FOLDER)
+    (FOLDER / "generation_config.json").unlink()
     np.savez_compressed(
         FOLDER / "golden.npz",
         tokens=tokens.astype(np.int32),

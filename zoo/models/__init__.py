@@ -2,9 +2,14 @@
 
 import difflib
 import importlib
+from collections.abc import Mapping
 from typing import Any
 
 FAMILIES = ("gpt", "unet")
+
+
+# The `model_type` of a published config.json, and whose config class reads it.
+PUBLISHED = {"gpt2": ("gpt", "GPTConfig")}
 
 
 class UnknownPreset(ValueError):
@@ -24,6 +29,19 @@ def preset(name: str) -> Any:
         nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
         raise UnknownPreset(f"preset {name!r} is unknown: did you mean {nearest!r}? `zoo list` shows all")
     return known[name]
+
+
+def published_config(fields: Mapping[str, Any]) -> Any:
+    """The config of a published model from its config.json; raises PublishedError where no family here is it."""
+    from zoo.models.published import PublishedError
+
+    model_type = fields.get("model_type")
+    if model_type not in PUBLISHED:
+        raise PublishedError(
+            f"config.json has model_type {model_type!r}, and published models here are {', '.join(PUBLISHED)}"
+        )
+    family, config = PUBLISHED[model_type]
+    return getattr(importlib.import_module(f"{__name__}.{family}"), config).from_published(fields)
 
 
 def parameter_count(config: Any) -> int:

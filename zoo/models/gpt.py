@@ -15,9 +15,10 @@ rate, so that it is 0 unless asked for.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,17 @@ from zoo.layers.linear import Embed, Head, LayerError, Precision, check_sizes, n
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
+from zoo.models.published import (
+    Layout,
+    PublishedError,
+    SpecialTokens,
+    Weight,
+    activation,
+    number,
+    published_activation,
+    require,
+    size,
+)
 from zoo.sharding import constrain
 
 
@@ -44,7 +56,8 @@ class GPTConfig:
 
     max_length: positions.  head_dim, mlp_width: width / num_heads and 4 width where None.
     windows: attention of each layer of a period, repeated over depth: None is dense, W sees the last W positions.
-    dropout: of embeddings, attention weights and residual branches alike.
+    dropout: of embeddings and residual branches.  attention_dropout: of attention weights, the same where None.
+    special_tokens: what generation stops at, unless told.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
     """
 
@@ -59,6 +72,8 @@ class GPTConfig:
     activation: str = "gelu_tanh"
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
+    attention_dropout: float | None = None
+    special_tokens: SpecialTokens = SpecialTokens()
     remat: str = "none"
     precision: Precision = Precision()
 
@@ -89,6 +104,63 @@ class GPTConfig:
             flops += layers * (2.0 * length * weights + 4.0 * pairs * attention_width)
         return flops
 
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "GPTConfig":
+        """From the config.json of a GPT-2; raises PublishedError for one that this module cannot be."""
+        require(
+            fields,
+            "GPT-2",
+            architectures=["GPT2LMHeadModel"],
+            scale_attn_weights=True,
+            scale_attn_by_inverse_layer_idx=False,
+            add_cross_attention=False,
+            tie_word_embeddings=True,
+        )
+        dropout = number(fields, "resid_pdrop", 0.1)
+        require(fields, f"GPT-2 with resid_pdrop {dropout}", embd_pdrop=dropout)
+        return cls(
+            vocab_size=size(fields, "vocab_size"),
+            max_length=size(fields, "n_positions"),
+            num_layers=size(fields, "n_layer"),
+            width=size(fields, "n_embd"),
+            num_heads=size(fields, "n_head"),
+            mlp_width=size(fields, "n_inner", optional=True),
+            activation=activation(fields, "activation_function", "gelu_new"),
+            norm_epsilon=number(fields, "layer_norm_epsilon", 1e-5),
+            dropout=dropout,
+            attention_dropout=number(fields, "attn_pdrop", 0.1),
+            special_tokens=SpecialTokens.from_published(fields),
+        )
+
+    def to_published(self) -> dict[str, Any]:
+        """The config.json of this GPT as a GPT-2; raises PublishedError where GPT-2 has no such thing."""
+        if self.windows != (None,) * len(self.windows):
+            raise PublishedError(
+                f"windows {self.windows}: GPT-2's published layout has dense layers alone, windows (None,)"
+            )
+        if self.head_dim not in (None, self.width // self.num_heads):
+            raise PublishedError(f"head_dim {self.head_dim}: GPT-2's published layout has width / num_heads alone")
+        attention_dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
+        return {
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size,
+            "n_positions": self.max_length,
+            "n_layer": self.num_layers,
+            "n_embd": self.width,
+            "n_head": self.num_heads,
+            "n_inner": self.mlp_width,
+            "activation_function": published_activation(self.activation),
+            "layer_norm_epsilon": self.norm_epsilon,
+            "resid_pdrop": self.dropout,
+            "embd_pdrop": self.dropout,
+            "attn_pdrop": attention_dropout,
+            "tie_word_embeddings": True,
+        } | self.special_tokens.to_published()
+
+    def published_layout(self) -> Layout:
+        return GPT2
+
 
 class GPTOutput(NamedTuple):
     """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
@@ -109,7 +181,11 @@ def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
     common = {"rngs": rngs, "precision": config.precision}
     common["out_init"] = normal(0.02 / math.sqrt(2 * config.num_layers))
     attention = MultiHeadAttention(
-        config.width, config.num_heads, head_dim=config.head_dim, dropout=config.dropout, **common
+        config.width,
+        config.num_heads,
+        head_dim=config.head_dim,
+        dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+        **common,
     )
     mlp_width = config.mlp_width or 4 * config.width
     feedforward = FeedForward(config.width, mlp_width, activation=config.activation, **common)
@@ -220,6 +296,45 @@ class GPT(nnx.Module):
             )
         if cache is not None and segments is not None:
             raise SequenceError("segments given with a cache: a cached row is one document, so leave segments out")
+
+
+def _linear(name: str, module: str, kernel: str, bias: str) -> tuple[Weight, Weight]:
+    """A layer's projection, whose published kernel is [in, out] in GPT-2 alone; module may name three, side by side."""
+    modules = [f"stack.blocks.*.{m}" for m in module.split()]
+    return (
+        Weight(f"transformer.h.{{}}.{name}.weight", tuple(f"{m}.kernel" for m in modules), kernel),
+        Weight(f"transformer.h.{{}}.{name}.bias", tuple(f"{m}.bias" for m in modules), bias),
+    )
+
+
+def _norm(name: str, module: str) -> tuple[Weight, Weight]:
+    return (
+        Weight(f"transformer.{name}.weight", (f"{module}.scale",), "d -> d"),
+        Weight(f"transformer.{name}.bias", (f"{module}.bias",), "d -> d"),
+    )
+
+
+GPT2 = Layout(
+    (
+        Weight("transformer.wte.weight", ("embed.table",), "v d -> v d"),
+        Weight("transformer.wpe.weight", ("positions.table",), "t d -> t d"),
+        *_norm("h.{}.ln_1", "stack.blocks.*.attention_norm"),
+        *_linear(
+            "attn.c_attn",
+            "attention.query attention.key attention.value",
+            "d (part n h) -> part d n h",
+            "(part n h) -> part n h",
+        ),
+        *_linear("attn.c_proj", "attention.out", "(n h) d -> n h d", "d -> d"),
+        *_norm("h.{}.ln_2", "stack.blocks.*.feedforward_norm"),
+        *_linear("mlp.c_fc", "feedforward.up", "d f -> d f", "f -> f"),
+        *_linear("mlp.c_proj", "feedforward.down", "f d -> f d", "d -> d"),
+        *_norm("ln_f", "norm"),
+    ),
+    prefix="transformer.",
+    tied={"lm_head.weight": "transformer.wte.weight"},
+    buffers=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+)
 
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> GPTConfig:

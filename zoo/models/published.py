@@ -1,0 +1,131 @@
+"""What families say of their published checkpoints: how tensors are named and laid out, what a config.json may ask.
+
+The published layouts are those that Hugging Face transformers writes, for every family that it has.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+"""Published names of activations, and ours; the first published name of each of ours is the one written."""
+
+
+class PublishedError(ValueError):
+    """A published config that a family cannot be, or a model with no published form; names the field and its value."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A published tensor, or one of each layer, and the parameters that it holds.
+
+    name: of the tensor; "{}" stands for the layer's number where there is one of each.
+    parameters: paths in the module, split by ".", in which "*" is the block of a stack's period. Several parameters
+        lie in the tensor side by side, along `part` of the layout.
+    layout: the einops pattern from the tensor to a parameter: "(n h) d -> d n h", or with several parameters
+        "d (part n h) -> part d n h". Read from right to left it is the way back.
+    """
+
+    name: str
+    parameters: tuple[str, ...]
+    layout: str
+
+    def tensor_shape(self, parameter_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The published shape, from that of a parameter of one layer."""
+        sizes = self.sizes(parameter_shape)
+        groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
+        return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
+
+    def sizes(self, parameter_shape: tuple[int, ...]) -> dict[str, int]:
+        """Size of each axis of the layout."""
+        axes = self.layout.split("->")[1].split()
+        shape = (len(self.parameters), *parameter_shape) if axes[0] == "part" else parameter_shape
+        return dict(zip(axes, shape, strict=True))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """All tensors of a published class.
+
+    prefix: what the names of the class with a head begin with; files of the class without one leave it out.
+    tied: names that some files have for a tensor a second time, and the tensor's own.
+    buffers: regular expressions of names that are constants of the torch module and no parameters.
+    """
+
+    weights: tuple[Weight, ...]
+    prefix: str = ""
+    tied: Mapping[str, str] = field(default_factory=dict)
+    buffers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Tokens with a meaning to generation, by their ids; None or () where there is none.
+
+    bos begins a text, pad fills rows, and any of eos ends a text.
+    """
+
+    bos: int | None = None
+    eos: tuple[int, ...] = ()
+    pad: int | None = None
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
+        eos = fields.get("eos_token_id")
+        found = cls(fields.get("bos_token_id"), tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+        found = replace(found, pad=fields.get("pad_token_id"))
+        for token in (found.bos, found.pad, *found.eos):
+            if token is not None and not isinstance(token, int):
+                raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
+        return found
+
+    def to_published(self) -> dict[str, Any]:
+        eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
+        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+
+
+def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:
+    """Raises PublishedError where a field of config.json is there and is not the one value that the family has."""
+    for name, value in only.items():
+        found = fields.get(name, value)
+        if found != value:
+            raise PublishedError(f"config.json has {name} {found!r}, and a {family} here has {value!r} alone")
+
+
+def size(fields: Mapping[str, Any], name: str, *, optional: bool = False) -> Any:
+    """A field of config.json that is a whole number from 1; None where it may be left out and is."""
+    value = fields.get(name)
+    if optional and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise PublishedError(f"config.json has {name} {value!r}: the model needs a whole number from 1 there")
+    return value
+
+
+def number(fields: Mapping[str, Any], name: str, default: float) -> float:
+    """A field of config.json that is a number from 0; its default where it is left out."""
+    value = fields.get(name, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise PublishedError(f"config.json has {name} {value!r}: the model needs a number from 0 there")
+    return value
+
+
+def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
+    """Our name of the activation that a field names."""
+    published = fields.get(name, default)
+    if not isinstance(published, str) or published not in ACTIVATIONS:
+        raise PublishedError(f"config.json has {name} {published!r}, which is none of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[published]
+
+
+def published_activation(ours: str) -> str:
+    return next(published for published, name in ACTIVATIONS.items() if name == ours)

@@ -1,0 +1,375 @@
+"""Published checkpoints in and out: a folder with config.json and safetensors, or a model of the Hugging Face hub.
+
+Tensors are read one at a time and laid onto the shards that this host holds: at no time is more of the model in its
+memory than what stays there and one tensor. Weights come from safetensors alone, and from the named folder alone.
+"""
+
+import dataclasses
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from zoo import sharding
+from zoo.layers.linear import DTYPES
+from zoo.models import published_config
+from zoo.models.published import Layout, Weight
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SHARD_BYTES = 5 * 10**9
+
+Index = tuple[slice, ...]
+
+
+class PretrainedError(ValueError):
+    """A published checkpoint that cannot be read or written; the message names the file or tensor and the mend."""
+
+
+def from_pretrained(
+    source: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    rules: sharding.Rules | None = None,
+) -> nnx.Module:
+    """The model of a folder, or of a hub id such as "openai-community/gpt2", which is downloaded unless it is cached.
+
+    dtype: of parameters and of computing, by name. None: parameters as they are stored, computing in float32.
+    mesh: the model is laid out over it by `rules` (sharding.RULES where None). None: one device.
+    `save_pretrained` writes the dtype back that was stored, whatever it was read as.
+    Raises PretrainedError, and PublishedError for a model that no family here can be.
+    """
+    folder = find(source)
+    config = published_config(read_json(folder / "config.json"))
+    if dtype is not None:
+        if dtype not in DTYPES:
+            raise PretrainedError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
+        precision = dataclasses.replace(config.precision, parameters=dtype, compute=dtype)
+        config = dataclasses.replace(config, precision=precision)
+    model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
+    with ExitStack() as files:
+        tensors = Tensors(folder, config.published_layout(), files)
+        return load(model, tensors, dtype, layouts(model, mesh, rules))
+
+
+def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes a folder that the torch implementation of the model's family loads: config.json and safetensors.
+
+    shard_bytes: of one file; what is larger is split, with an index. Each tensor has the dtype that it was read with,
+    else that of its parameter. Every process of a mesh must call it; the first one writes.
+    Raises PretrainedError where the folder holds a model already, and PublishedError where there is no published form.
+    """
+    folder = Path(folder)
+    if any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+        raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
+    fields = model.config.to_published()
+    writer = Writer(folder, shard_bytes) if jax.process_index() == 0 else None
+    dtypes: Counter[str] = Counter()
+    for group in groups(model, model.config.published_layout().weights):
+        for tensor in group.tensors:
+            value = gathered(group, tensor)
+            dtypes[str(value.dtype)] += value.size
+            if writer is not None:
+                writer.add(tensor.name, value)
+    if writer is not None:
+        writer.finish(fields | {"dtype": dtypes.most_common(1)[0][0]})
+
+
+class Tensor(NamedTuple):
+    """A published tensor, and the row of the stacked parameters that it holds; None where they are not stacked."""
+
+    name: str
+    row: int | None
+
+
+class Group(NamedTuple):
+    """Parameters that share tensors: those of one Weight, in one block of a stack's period."""
+
+    weight: Weight
+    variables: dict[str, nnx.Variable]  # by path
+    tensors: list[Tensor]
+
+    @property
+    def one_shape(self) -> tuple[int, ...]:
+        """Shape of a parameter of one layer, without the rows that pad a vocabulary."""
+        return real_shape(next(iter(self.variables.values())), stacked=self.tensors[0].row is not None)
+
+    def parts(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """A published tensor as the parameters of one layer, without a copy where the layout permits."""
+        whole = rearrange(tensor, self.weight.layout, **self.weight.sizes(self.one_shape))
+        return [whole] if len(self.variables) == 1 else list(whole)
+
+    def tensor(self, parts: Sequence[np.ndarray]) -> np.ndarray:
+        """The published tensor of the parameters of one layer."""
+        whole = parts[0] if len(parts) == 1 else np.stack(parts)
+        left, right = self.weight.layout.split("->")
+        return np.ascontiguousarray(rearrange(whole, f"{right} -> {left}", **self.weight.sizes(self.one_shape)))
+
+
+def real_shape(variable: nnx.Variable, *, stacked: bool) -> tuple[int, ...]:
+    shape, rows = variable.shape, variable.get_metadata().get("rows")
+    shape = shape[1:] if stacked else shape
+    return shape if rows is None else (rows, *shape[1:])
+
+
+def groups(model: Any, weights: Iterable[Weight]) -> Iterator[Group]:
+    """The parameters of a (possibly abstract) model and their published tensors: each parameter once."""
+    variables = by_path(model)
+    blocks = 1 + max((int(n) for path in variables for n in re.findall(r"\.blocks\.(\d+)\.", path)), default=0)
+    for weight in weights:
+        if "*" not in weight.parameters[0]:
+            yield Group(weight, {path: variables[path] for path in weight.parameters}, [Tensor(weight.name, None)])
+            continue
+        for block in range(blocks):
+            found = {path: variables[path] for path in (p.replace("*", str(block)) for p in weight.parameters)}
+            rows = next(iter(found.values())).shape[0]
+            tensors = [Tensor(weight.name.format(row * blocks + block), row) for row in range(rows)]
+            yield Group(weight, found, tensors)
+
+
+def by_path(model: Any) -> dict[str, Any]:
+    """Every parameter of a module, or what stands in its place, by its path."""
+    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=sharding.is_variable)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def layer_count(model: Any) -> int:
+    """Layers of the deepest stack's parameters."""
+    variables = by_path(model).values()
+    return max((v.shape[0] for v in variables if sharding.logical_axes(v)[:1] == ("layers",)), default=0)
+
+
+def layouts(model: Any, mesh: Mesh | None, rules: sharding.Rules | None) -> dict[str, Sharding]:
+    """Where each parameter goes."""
+    if mesh is None:
+        here = SingleDeviceSharding(jax.local_devices()[0])
+        return dict.fromkeys(by_path(model), here)
+    return by_path(sharding.shardings(model, mesh, rules or sharding.RULES))
+
+
+class Tensors:
+    """The tensors of a folder by their names in the class with a head; opened, checked, and not yet read."""
+
+    def __init__(self, folder: Path, layout: Layout, files: ExitStack):
+        self.folder, self.layout = folder, layout
+        known = {weight.name.format("0") for weight in layout.weights} | set(layout.tied)
+        self.found: dict[str, tuple[Any, str]] = {}
+        for path in weight_files(folder):
+            try:
+                file = files.enter_context(safe_open(path, "numpy"))
+                names = list(file.keys())
+            except SafetensorError as problem:
+                raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
+            for name in names:
+                full = name if name.startswith(layout.prefix) or name in known else layout.prefix + name
+                if full in self.found:
+                    raise PretrainedError(
+                        f"{folder} has the tensor {full} twice, in {path.name} for one: keep one file"
+                    )
+                self.found[full] = (file, name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        file, stored = self.found[name]
+        return tuple(file.get_slice(stored).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        file, stored = self.found[name]
+        return file.get_tensor(stored)
+
+    def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises PretrainedError, with all names, unless the tensors are those wanted, in their shapes."""
+        constants = [re.compile(pattern) for pattern in self.layout.buffers]
+        names = {name for name in self.found if not any(constant.fullmatch(name) for constant in constants)}
+        missing = sorted(wanted.keys() - names)
+        left_over = sorted(names - wanted.keys() - self.layout.tied.keys())
+        shapes = {name: self.shape(name) for name in sorted(wanted.keys() & names)}
+        wrong = [f"{name} {shape} for {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
+        problems = {"missing": missing, "left over": left_over, "of another shape than config.json says": wrong}
+        told = [f"{what}: {', '.join(which)}" for what, which in problems.items() if which]
+        if told:
+            raise PretrainedError(
+                f"{self.folder} does not hold the model that its config.json names; {'; '.join(told)}"
+            )
+        for name, own in self.layout.tied.items():
+            if name in names and not np.array_equal(self.read(name), self.read(own)):
+                raise PretrainedError(f"{self.folder}: {name} differs from {own}, and here they are one: no such model")
+
+
+def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, Sharding]) -> Any:
+    """An abstract model with its parameters read, each onto its place."""
+    if (layers := layer_count(model)) > len(tensors.found):
+        raise PretrainedError(f"{tensors.folder} has {len(tensors.found)} tensors, and its config.json {layers} layers")
+    all_groups = list(groups(model, tensors.layout.weights))
+    tensors.check({t.name: group.weight.tensor_shape(group.one_shape) for group in all_groups for t in group.tensors})
+    loaded: dict[str, nnx.Variable] = {}
+    for group in all_groups:
+        buffers: dict[str, Shards] = {}
+        for tensor in group.tensors:
+            value = tensors.read(tensor.name)
+            for (path, variable), part in zip(group.variables.items(), group.parts(value), strict=True):
+                if path not in buffers:
+                    buffers[path] = Shards(variable.shape, dtype or str(value.dtype), str(value.dtype), places[path])
+                buffers[path].write(part, tensor.row)
+        loaded |= {path: group.variables[path].replace(b.array(), stored=b.stored) for path, b in buffers.items()}
+    leaves, structure = jax.tree.flatten(model, is_leaf=sharding.is_variable)
+    if len(loaded) != len(leaves):
+        raise PretrainedError(
+            f"parameters without a published name: {', '.join(by_path(model).keys() - loaded.keys())}"
+        )
+    return jax.tree.unflatten(structure, [loaded[path] for path in by_path(model)])
+
+
+class Shards:
+    """The shards of one parameter that this host's devices hold, while they are filled."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, stored: str, place: Sharding):
+        self.shape, self.stored, self.place = shape, stored, place
+        self.indices = place.addressable_devices_indices_map(shape)
+        self.buffers = {
+            str(index): (index, np.zeros(place.shard_shape(shape), jax.numpy.dtype(dtype)))
+            for index in self.indices.values()
+            if index is not None
+        }
+
+    def write(self, value: np.ndarray, row: int | None) -> None:
+        """Puts a parameter, or row `row` of a stacked one, where it belongs; what pads a vocabulary stays zero."""
+        for index, buffer in self.buffers.values():
+            index = whole(index, self.shape)
+            if row is not None:
+                rows, *index = index
+                if not rows.start <= row < rows.stop:
+                    continue
+                buffer = buffer[row - rows.start]
+            part = value[tuple(index)]
+            buffer[tuple(slice(size) for size in part.shape)] = part
+
+    def array(self) -> jax.Array:
+        shards = [jax.device_put(self.buffers[str(index)][1], device) for device, index in self.indices.items()]
+        return jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
+
+
+def whole(index: Index, shape: tuple[int, ...]) -> list[slice]:
+    """An index with its ends written out."""
+    return [slice(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
+
+
+def gathered(group: Group, tensor: Tensor) -> np.ndarray:
+    """One published tensor, on every host, in the dtype that it was stored in."""
+    parts = []
+    for variable in group.variables.values():
+        array = variable[...] if tensor.row is None else variable[tensor.row]
+        host = array if array.is_fully_addressable else multihost_utils.process_allgather(array, tiled=True)
+        stored = variable.get_metadata().get("stored") or str(array.dtype)
+        real = tuple(slice(size) for size in group.one_shape)
+        parts.append(np.asarray(host)[real].astype(jax.numpy.dtype(stored)))
+    return group.tensor(parts)
+
+
+class Writer:
+    """Writes tensors into one file, or into as many as their size asks, with an index; all under temporary names
+    until the last is whole, and config.json, without which there is no model, at the very end."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.pending: dict[str, np.ndarray] = {}
+        self.files: list[tuple[Path, list[str]]] = []
+        self.bytes = 0
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        if self.pending and sum(x.nbytes for x in self.pending.values()) + value.nbytes > self.shard_bytes:
+            self.flush()
+        self.pending[name] = value
+
+    def flush(self) -> None:
+        path = self.folder / f".writing-{len(self.files)}"
+        save_file(self.pending, path, metadata={"format": "pt"})
+        self.bytes += sum(x.nbytes for x in self.pending.values())
+        self.files.append((path, list(self.pending)))
+        self.pending = {}
+
+    def finish(self, fields: Mapping[str, Any]) -> None:
+        self.flush()
+        names = {}
+        for number, (path, tensors) in enumerate(self.files, start=1):
+            file = WEIGHTS if len(self.files) == 1 else f"model-{number:05}-of-{len(self.files):05}.safetensors"
+            path.replace(self.folder / file)
+            names |= dict.fromkeys(tensors, file)
+        if len(self.files) > 1:
+            self.write(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": names})
+        self.write("config.json", fields)
+
+    def write(self, name: str, fields: Mapping[str, Any]) -> None:
+        temporary = self.folder / f".writing-{name}"
+        temporary.write_text(json.dumps(fields, indent=2) + "\n")
+        temporary.replace(self.folder / name)
+
+
+def find(source: str | os.PathLike) -> Path:
+    """The folder of a model: the one named, or the cached copy of a hub model, downloaded where it is not there."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        raise PretrainedError(f"{source} is no folder: name the folder that holds config.json, or a model of the hub")
+    import huggingface_hub  # Only for what is not here.
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns, ignore_patterns="*/*"))
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise PretrainedError(
+                f"{folder} has its weights in {pickles[0]} alone, a pickle, which can run any code when it is read: "
+                f"load it where you trust it, and write safetensors with save_pretrained"
+            )
+        raise PretrainedError(f"{folder} has neither {WEIGHTS} nor {INDEX}: there are no weights to read")
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise PretrainedError(f"{folder / INDEX} has no weight_map: fetch it again")
+    files = sorted({str(name) for name in named.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise PretrainedError(
+                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder: refused"
+            )
+        if not (folder / name).exists():
+            raise PretrainedError(f"{folder / INDEX} names {name}, which is not there: fetch it")
+    return [folder / name for name in files]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PretrainedError(f"{path} is not there: a published model's folder holds one") from None
+    except ValueError as problem:
+        raise PretrainedError(f"{path} is no JSON ({problem}): fetch it again") from None
+    if not isinstance(fields, dict):
+        raise PretrainedError(f"{path} holds no object but a {type(fields).__name__}: fetch it again")
+    return fields
