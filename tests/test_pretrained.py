@@ -67,7 +67,7 @@ def test_large_models_are_split_over_files_and_read_from_them(tmp_path, tensors)
 
 def test_older_files_have_no_prefix_and_hold_constants_and_the_tied_head(folder, tensors) -> None:
     older = {name.removeprefix("transformer."): value for name, value in tensors.items()}
-    older |= {"h.0.attn.bias": np.ones((1, 1, 48, 48), np.float32), "lm_head.weight": older["wte.weight"]}
+    older |= {"h.0.attn.bias": np.ones((1, 1, 48, 48), bool), "lm_head.weight": older["wte.weight"]}
     save_file(older, folder / "model.safetensors")
     model = from_pretrained(folder)
     np.testing.assert_array_equal(model.embed.table[:211], tensors["transformer.wte.weight"])
@@ -94,6 +94,15 @@ def test_the_stored_dtype_is_written_back(folder, tmp_path, tensors, dtype) -> N
     save_pretrained(jax.jit(lambda m: jax.tree.map(lambda x: x * 1, m))(model), tmp_path / "back")
     assert_same(load_file(tmp_path / "back" / "model.safetensors"), stored)
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_layers_of_several_dtypes_are_read_as_the_widest(folder, tensors) -> None:
+    name = "transformer.h.1.ln_1.bias"
+    save_file(tensors | {name: tensors[name].astype(jnp.bfloat16)}, folder / "model.safetensors")
+    bias = from_pretrained(folder).stack.blocks[0].attention_norm.bias[...]
+    assert bias.dtype == jnp.float32
+    np.testing.assert_array_equal(bias[1], tensors[name].astype(jnp.bfloat16))
+    np.testing.assert_array_equal(bias[0], tensors["transformer.h.0.ln_1.bias"])
 
 
 def test_a_dtype_is_of_computing_too() -> None:
@@ -164,12 +173,14 @@ def test_missing_left_over_and_misshapen_tensors_are_all_named(folder, tensors) 
     changed = dict(tensors)
     del changed["transformer.h.1.ln_1.bias"], changed["transformer.wpe.weight"]
     changed |= {"transformer.h.3.ln_1.bias": np.ones(36, np.float32), "transformer.ln_f.bias": np.ones(35, np.float32)}
+    changed |= {"transformer.ln_f.weight": np.ones(36, np.int8)}
     save_file(changed, folder / "model.safetensors")
     with pytest.raises(PretrainedError) as refused:
         from_pretrained(folder)
     assert str(refused.value).endswith(
         "missing: transformer.h.1.ln_1.bias, transformer.wpe.weight; left over: transformer.h.3.ln_1.bias; "
-        "of another shape than config.json says: transformer.ln_f.bias (35,) for (36,)"
+        "of another shape than config.json says: transformer.ln_f.bias (35,) for (36,); "
+        "no floating-point numbers: transformer.ln_f.weight int8"
     )
 
 

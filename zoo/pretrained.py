@@ -6,11 +6,12 @@ memory than what stays there and one tensor. Weights come from safetensors alone
 
 import dataclasses
 import json
+import math
+import mmap
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,28 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SHARD_BYTES = 5 * 10**9
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_DTYPES = FLOATS | {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+# All pages at once, where the system can: asked for one by one they cost as much as the copy.
+MAPPED: dict[str, int] = (
+    {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
+    if hasattr(mmap, "MAP_POPULATE")
+    else {"access": mmap.ACCESS_READ}
+)
+ALIGNMENT = 64
+"""Bytes at whose multiples JAX takes a host array as it is, on a CPU."""
 
 Index = tuple[slice, ...]
 
@@ -62,9 +85,7 @@ def from_pretrained(
         precision = dataclasses.replace(config.precision, parameters=dtype, compute=dtype)
         config = dataclasses.replace(config, precision=precision)
     model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
-    with ExitStack() as files:
-        tensors = Tensors(folder, config.published_layout(), files)
-        return load(model, tensors, dtype, layouts(model, mesh, rules))
+    return load(model, Tensors(folder, config.published_layout()), dtype, layouts(model, mesh, rules))
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:
@@ -162,34 +183,40 @@ def layouts(model: Any, mesh: Mesh | None, rules: sharding.Rules | None) -> dict
     return by_path(sharding.shardings(model, mesh, rules or sharding.RULES))
 
 
-class Tensors:
-    """The tensors of a folder by their names in the class with a head; opened, checked, and not yet read."""
+class Stored(NamedTuple):
+    """Where a tensor lies."""
 
-    def __init__(self, folder: Path, layout: Layout, files: ExitStack):
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+
+class Tensors:
+    """The tensors of a folder by their names in the class with a head; found, and not yet read."""
+
+    def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
-        known = {weight.name.format("0") for weight in layout.weights} | set(layout.tied)
-        self.found: dict[str, tuple[Any, str]] = {}
+        self.found: dict[str, Stored] = {}
         for path in weight_files(folder):
-            try:
-                file = files.enter_context(safe_open(path, "numpy"))
-                names = list(file.keys())
-            except SafetensorError as problem:
-                raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
-            for name in names:
-                full = name if name.startswith(layout.prefix) or name in known else layout.prefix + name
+            for name, stored in stored_tensors(path).items():
+                full = name if name.startswith(layout.prefix) or name in layout.tied else layout.prefix + name
                 if full in self.found:
                     raise PretrainedError(
                         f"{folder} has the tensor {full} twice, in {path.name} for one: keep one file"
                     )
-                self.found[full] = (file, name)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        file, stored = self.found[name]
-        return tuple(file.get_slice(stored).get_shape())
+                self.found[full] = stored
 
     def read(self, name: str) -> np.ndarray:
-        file, stored = self.found[name]
-        return file.get_tensor(stored)
+        """A view of the file, whose pages leave memory with it."""
+        path, offset, dtype, shape = self.found[name]
+        if not math.prod(shape):
+            return np.zeros(shape, dtype)
+        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        end = offset + math.prod(shape) * jax.numpy.dtype(dtype).itemsize
+        with path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), end - start, offset=start, **MAPPED)
+        return np.frombuffer(pages, dtype, math.prod(shape), offset - start).reshape(shape)
 
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Raises PretrainedError, with all names, unless the tensors are those wanted, in their shapes."""
@@ -197,9 +224,17 @@ class Tensors:
         names = {name for name in self.found if not any(constant.fullmatch(name) for constant in constants)}
         missing = sorted(wanted.keys() - names)
         left_over = sorted(names - wanted.keys() - self.layout.tied.keys())
-        shapes = {name: self.shape(name) for name in sorted(wanted.keys() & names)}
+        shapes = {name: self.found[name].shape for name in sorted(wanted.keys() & names)}
         wrong = [f"{name} {shape} for {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
-        problems = {"missing": missing, "left over": left_over, "of another shape than config.json says": wrong}
+        kinds = {name: self.found[name].dtype for name in shapes}
+        problems = {
+            "missing": missing,
+            "left over": left_over,
+            "of another shape than config.json says": wrong,
+            "no floating-point numbers": [
+                f"{name} {kind}" for name, kind in kinds.items() if kind not in FLOATS.values()
+            ],
+        }
         told = [f"{what}: {', '.join(which)}" for what, which in problems.items() if which]
         if told:
             raise PretrainedError(
@@ -218,14 +253,13 @@ def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, S
     tensors.check({t.name: group.weight.tensor_shape(group.one_shape) for group in all_groups for t in group.tensors})
     loaded: dict[str, nnx.Variable] = {}
     for group in all_groups:
-        buffers: dict[str, Shards] = {}
+        # One dtype for all layers: the widest, where a file mixes them.
+        stored = str(jax.numpy.result_type(*{tensors.found[tensor.name].dtype for tensor in group.tensors}))
+        buffers = {path: Shards(variable, dtype or stored, places[path]) for path, variable in group.variables.items()}
         for tensor in group.tensors:
-            value = tensors.read(tensor.name)
-            for (path, variable), part in zip(group.variables.items(), group.parts(value), strict=True):
-                if path not in buffers:
-                    buffers[path] = Shards(variable.shape, dtype or str(value.dtype), str(value.dtype), places[path])
-                buffers[path].write(part, tensor.row)
-        loaded |= {path: group.variables[path].replace(b.array(), stored=b.stored) for path, b in buffers.items()}
+            for shards, part in zip(buffers.values(), group.parts(tensors.read(tensor.name)), strict=True):
+                shards.write(part, tensor.row)
+        loaded |= {path: group.variables[path].replace(b.array(), stored=stored) for path, b in buffers.items()}
     leaves, structure = jax.tree.flatten(model, is_leaf=sharding.is_variable)
     if len(loaded) != len(leaves):
         raise PretrainedError(
@@ -234,14 +268,36 @@ def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, S
     return jax.tree.unflatten(structure, [loaded[path] for path in by_path(model)])
 
 
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of one file. Its header is checked by safetensors, which admits no gap between them."""
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+    except SafetensorError as problem:
+        raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
+    with path.open("rb") as raw:
+        offset = 8 + int.from_bytes(raw.read(8), "little")
+    placed = {}
+    for name, (kind, shape) in found.items():
+        if kind not in STORED_DTYPES:
+            raise PretrainedError(
+                f"{path}: {name} has dtype {kind}, and those read here are {', '.join(STORED_DTYPES)}"
+            )
+        placed[name] = Stored(path, offset, STORED_DTYPES[kind], shape)
+        offset += math.prod(shape) * jax.numpy.dtype(STORED_DTYPES[kind]).itemsize
+    return placed
+
+
 class Shards:
     """The shards of one parameter that this host's devices hold, while they are filled."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str, stored: str, place: Sharding):
-        self.shape, self.stored, self.place = shape, stored, place
-        self.indices = place.addressable_devices_indices_map(shape)
+    def __init__(self, variable: nnx.Variable, dtype: str, place: Sharding):
+        self.shape, self.place = variable.shape, place
+        self.indices = place.addressable_devices_indices_map(self.shape)
+        padded = variable.get_metadata().get("rows") is not None
         self.buffers = {
-            str(index): (index, np.zeros(place.shard_shape(shape), jax.numpy.dtype(dtype)))
+            str(index): (index, aligned(place.shard_shape(self.shape), jax.numpy.dtype(dtype), zero=padded))
             for index in self.indices.values()
             if index is not None
         }
@@ -259,8 +315,19 @@ class Shards:
             buffer[tuple(slice(size) for size in part.shape)] = part
 
     def array(self) -> jax.Array:
-        shards = [jax.device_put(self.buffers[str(index)][1], device) for device, index in self.indices.items()]
+        places = {device: self.buffers[str(index)][1] for device, index in self.indices.items()}
+        shards = [jax.device_put(buffer, device, may_alias=True) for device, buffer in places.items()]
         return jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
+
+
+def aligned(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool) -> np.ndarray:
+    size = math.prod(shape) * dtype.itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    buffer = raw[start : start + size].view(dtype).reshape(shape)
+    if zero:
+        buffer[:] = 0
+    return buffer
 
 
 def whole(index: Index, shape: tuple[int, ...]) -> list[slice]:
@@ -298,7 +365,10 @@ class Writer:
 
     def flush(self) -> None:
         path = self.folder / f".writing-{len(self.files)}"
+        path.touch()
+        mode = path.stat().st_mode  # safetensors gives its file to the owner alone
         save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
         self.bytes += sum(x.nbytes for x in self.pending.values())
         self.files.append((path, list(self.pending)))
         self.pending = {}
