@@ -177,16 +177,14 @@ def generate(
     Raises GenerationError.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    _check(model.config, prompts, max_new_tokens, sampling, key)
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
-    slots = min(_power_of_two(longest + max_new_tokens), model.config.max_length)
-    padded = np.zeros((len(prompts), min(_power_of_two(longest), slots)), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
+    check_request(model.config, prompts, max_new_tokens)
+    sampling.check(model.config.vocab_size)
+    if temperature > 0 and key is None:
+        raise GenerationError(f"temperature {temperature} draws at random: give a key, or temperature 0")
+    padded, lengths, slots = laid_out(model.config, prompts, max_new_tokens)
     options = (
         sampling if temperature > 0 else None,
-        jnp.asarray(model.config.special_tokens.eos if stop_tokens is None else stop_tokens, jnp.int32),
+        stops(model.config, stop_tokens),
         jax.random.key(0) if key is None else key,
     )
 
@@ -214,11 +212,29 @@ def _emit(state: State, seen: np.ndarray, callback: Callback) -> np.ndarray:
     return lengths
 
 
-def _power_of_two(length: int) -> int:
+def power_of_two(length: int) -> int:
+    """The length that arrays for `length` tokens have."""
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-def _check(config: Any, prompts: Sequence[Sequence[int]], new: int, sampling: Sampling, key: jax.Array | None) -> None:
+def laid_out(config: Any, prompts: Sequence[Sequence[int]], new: int) -> tuple[np.ndarray, np.ndarray, int]:
+    """Prompts [B, P] padded on the right, the length of each [B], and the slots of a cache for them and `new` more."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    slots = min(power_of_two(longest + new), config.max_length)
+    padded = np.zeros((len(prompts), min(power_of_two(longest), slots)), np.int32)
+    for row, prompt in enumerate(prompts):
+        padded[row, : len(prompt)] = prompt
+    return padded, lengths, slots
+
+
+def stops(config: Any, stop_tokens: Sequence[int] | None) -> jax.Array:
+    """The tokens that end a row: those given, else the config's own."""
+    return jnp.asarray(config.special_tokens.eos if stop_tokens is None else stop_tokens, jnp.int32)
+
+
+def check_request(config: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
+    """Raises GenerationError for prompts that the model cannot continue by `new` tokens."""
     if not prompts:
         raise GenerationError("no prompts given: give at least one")
     if new < 1:
@@ -237,6 +253,3 @@ def _check(config: Any, prompts: Sequence[Sequence[int]], new: int, sampling: Sa
             raise GenerationError(
                 f"prompt {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
             )
-    sampling.check(config.vocab_size)
-    if sampling.temperature > 0 and key is None:
-        raise GenerationError(f"temperature {sampling.temperature} draws at random: give a key, or temperature 0")

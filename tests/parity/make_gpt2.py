@@ -13,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 FOLDER = Path(__file__).parent / "gpt2"
 SIZES = {"vocab_size": 211, "n_positions": 48, "n_embd": 36, "n_head": 3, "n_layer": 3, "n_inner": None}
+STOPS = [57, 158]
+PENALTIES = ((1.0, False), (0.0, False), (2.0, True))
 
 
 def build() -> GPT2LMHeadModel:
@@ -30,6 +32,28 @@ def build() -> GPT2LMHeadModel:
     return model
 
 
+def search(model: GPT2LMHeadModel, prompts: np.ndarray, length_penalty: float, early: bool) -> dict[str, np.ndarray]:
+    """All beams of each prompt, and their scores. The likeliest stop tokens, so that many beams end early."""
+    with torch.no_grad():
+        found = model.generate(
+            torch.tensor(prompts),
+            attention_mask=torch.ones_like(torch.tensor(prompts)),
+            max_new_tokens=12,
+            do_sample=False,
+            num_beams=4,
+            num_return_sequences=4,
+            length_penalty=length_penalty,
+            early_stopping=early,
+            eos_token_id=STOPS,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+    name = f"{length_penalty:g}_{early}"
+    tokens = np.zeros((8, 12), np.int32)
+    tokens[:, : found.sequences.shape[1] - 7] = found.sequences[:, 7:].numpy()
+    return {f"{name}_tokens": tokens.reshape(2, 4, 12), f"{name}_scores": found.sequences_scores.numpy().reshape(2, 4)}
+
+
 def main() -> None:
     model = build()
     rng = np.random.default_rng(0)
@@ -42,6 +66,9 @@ def main() -> None:
         greedy = model.generate(
             torch.tensor(prompts), attention_mask=torch.ones(2, 7), max_new_tokens=20, do_sample=False
         )
+    beams = {
+        f"beams_{name}": value for penalty in PENALTIES for name, value in search(model, prompts, *penalty).items()
+    }
     FOLDER.mkdir(exist_ok=True)
     model.save_pretrained(FOLDER)
     (FOLDER / "generation_config.json").unlink()
@@ -52,6 +79,7 @@ def main() -> None:
         logits=logits.numpy(),
         prompts=prompts.astype(np.int32),
         greedy=greedy[:, 7:].numpy().astype(np.int32),
+        **beams,
     )
 
 

@@ -6,11 +6,13 @@ import jax
 import numpy as np
 import pytest
 
+from zoo.beam_search import beam_search
 from zoo.generation import generate
 from zoo.models.gpt import GPT
 from zoo.pretrained import from_pretrained
 
 FOLDER = Path(__file__).parent / "gpt2"
+STOPS = [57, 158]
 
 
 @pytest.fixture(scope="module")
@@ -34,3 +36,25 @@ def test_logits_agree(model, golden) -> None:
 def test_greedy_continuations_agree(model, golden) -> None:
     made = generate(model, golden["prompts"].tolist(), max_new_tokens=golden["greedy"].shape[1])
     assert made.tokens == golden["greedy"].tolist()
+
+
+@pytest.mark.parametrize(("penalty", "early"), [(1.0, False), (0.0, False), (2.0, True)])
+def test_beams_agree(model, golden, penalty, early) -> None:
+    found = beam_search(
+        model,
+        golden["prompts"].tolist(),
+        num_beams=4,
+        max_new_tokens=12,
+        length_penalty=penalty,
+        early_stopping=early,
+        stop_tokens=STOPS,
+    )
+    name = f"beams_{penalty:g}_{early}"
+    np.testing.assert_allclose(found.scores, golden[f"{name}_scores"], rtol=2e-5)
+    for ours, theirs in zip(found.tokens, golden[f"{name}_tokens"].tolist(), strict=True):
+        assert ours == [cut(tokens) for tokens in theirs]
+
+
+def cut(tokens: list[int]) -> list[int]:
+    """What stands before the first stop token."""
+    return tokens[: next((i for i, token in enumerate(tokens) if token in STOPS), len(tokens))]

@@ -47,6 +47,11 @@ class KVCache:
         """With the first lengths [B] entries of each row alone: forgets padding that was appended after a prompt."""
         return dataclasses.replace(self, lengths=jnp.broadcast_to(lengths, self.lengths.shape))
 
+    def rows(self, rows: jax.Array) -> "KVCache":
+        """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
+        keys, values = (jnp.take(x, rows, axis=-4) for x in (self.keys, self.values))
+        return KVCache(keys, values, jnp.take(self.lengths, rows, axis=-1))
+
 
 class AttentionOutput(NamedTuple):
     """output: [B, T, D].  cache: the one given, with what this call appended."""
