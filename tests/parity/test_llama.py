@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from zoo.generation import generate
-from zoo.models.llama import Llama, llama_block
+from zoo.models.llama import Llama
 from zoo.pretrained import by_path, from_pretrained, groups, save_pretrained
 
 FOLDER = Path(__file__).parent
@@ -63,8 +63,9 @@ def test_greedy_continuations_agree(case) -> None:
 
 def test_rotary_frequencies_are_the_published_ones(case) -> None:
     _, model, golden = case
-    rotary = jax.eval_shape(lambda: llama_block(model.config, rngs=__import__("flax").nnx.Rngs(0))).attention.rotary
-    np.testing.assert_array_equal(rotary.frequencies(model.config.head_size), golden["frequencies"])
+    frequencies = model.stack.blocks[0].attention.rotary.frequencies(model.config.head_size)
+    # torch's power is one of vectors, which may be off by its last digit.
+    np.testing.assert_array_max_ulp(frequencies, golden["frequencies"], maxulp=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -125,7 +125,7 @@ class Rotary:
         """Radians per position of each of width / 2 pairs, float32.
 
         A constant made on the host: an accelerator's power is off by more than the last digit, which a position of
-        100,000 multiplies. Rounded to float32 where published implementations round, so that far positions agree too.
+        100,000 multiplies. Rounded to float32 where published implementations round.
         """
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequencies = np.reciprocal(np.power(self.longest, exponents.astype(np.float64)).astype(np.float32))

@@ -326,7 +326,7 @@ def _rope(fields: Mapping[str, Any], name: str) -> tuple[float, LinearScaling | 
         raise PublishedError(f"config.json has {where} of type {kind!r}, and a {name} here has {', '.join(parts)}")
     require(fields, name, partial_rotary_factor=1.0)
     require(found, f"{name}'s {where}", partial_rotary_factor=1.0)
-    known = {"rope_theta", "rope_type", "type", "partial_rotary_factor", *parts[kind]}
+    known = {"rope_theta", "rope_type", "partial_rotary_factor", *parts[kind]}
     if unknown := sorted(key for key in found.keys() - known if found[key] is not None):
         raise PublishedError(
             f"config.json has {where} with {unknown[0]} {found[unknown[0]]!r}, which those of type {kind!r} lack here"
@@ -515,7 +515,7 @@ def _llama3(num_layers: int, width: int, num_heads: int, mlp_width: int, **other
         mlp_width=mlp_width,
         rope_theta=500000.0,
         special_tokens=SpecialTokens(bos=128000, eos=(128001,)),
-        **{"max_length": 8192} | others,
+        **others,
     )
 
 
@@ -532,12 +532,17 @@ def _qwen(num_layers: int, width: int, num_heads: int, num_kv_heads: int, mlp_wi
         mlp_width=mlp_width,
         norm_epsilon=1e-6,
         rope_theta=1e6,
-        **{"vocab_size": 151936} | others,
+        **others,
     )
 
 
-_QWEN2 = {"qkv_bias": True, "published": "qwen2", "special_tokens": SpecialTokens(bos=151643, eos=(151643,))}
-_QWEN3 = {
+_QWEN2: dict[str, Any] = {
+    "qkv_bias": True,
+    "published": "qwen2",
+    "special_tokens": SpecialTokens(bos=151643, eos=(151643,)),
+}
+_QWEN3: dict[str, Any] = {
+    "vocab_size": 151936,
     "max_length": 40960,
     "head_dim": 128,
     "qk_norm": True,
@@ -549,15 +554,15 @@ PRESETS = {
     "llama-2-7b": LlamaConfig(),
     "llama-2-13b": LlamaConfig(num_layers=40, width=5120, num_heads=40, mlp_width=13824),
     "llama-2-70b": LlamaConfig(num_layers=80, width=8192, num_heads=64, num_kv_heads=8, mlp_width=28672),
-    "llama-3-8b": _llama3(32, 4096, 32, 14336),
-    "llama-3-70b": _llama3(80, 8192, 64, 28672),
+    "llama-3-8b": _llama3(32, 4096, 32, 14336, max_length=8192),
+    "llama-3-70b": _llama3(80, 8192, 64, 28672, max_length=8192),
     "llama-3.1-8b": _llama3(32, 4096, 32, 14336, max_length=131072, rope_scaling=Llama3Scaling(8.0)),
     "llama-3.2-1b": _llama3(16, 2048, 32, 8192, max_length=131072, rope_scaling=Llama3Scaling(32.0), tied=True),
     "llama-3.2-3b": _llama3(28, 3072, 24, 8192, max_length=131072, rope_scaling=Llama3Scaling(32.0), tied=True),
     "mistral-7b-v0.1": _mistral(windows=(4096,)),
     "mistral-7b-v0.3": _mistral(vocab_size=32768, rope_theta=1e6),
-    "qwen2.5-0.5b": _qwen(24, 896, 14, 2, 4864, max_length=32768, tied=True, **_QWEN2),
-    "qwen2.5-7b": _qwen(28, 3584, 28, 4, 18944, max_length=131072, vocab_size=152064, **_QWEN2),
+    "qwen2.5-0.5b": _qwen(24, 896, 14, 2, 4864, vocab_size=151936, max_length=32768, tied=True, **_QWEN2),
+    "qwen2.5-7b": _qwen(28, 3584, 28, 4, 18944, vocab_size=152064, max_length=131072, **_QWEN2),
     "qwen3-0.6b": _qwen(28, 1024, 16, 8, 3072, tied=True, **_QWEN3),
     "qwen3-8b": _qwen(36, 4096, 32, 8, 12288, **_QWEN3),
 }
