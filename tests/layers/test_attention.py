@@ -7,6 +7,7 @@ from flax import nnx
 from zoo.kernels import Mask
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.linear import LayerError
+from zoo.layers.norms import RMSNorm
 from zoo.layers.positions import Rotary
 
 INIT = jax.nn.initializers.normal(0.3)
@@ -26,6 +27,8 @@ def plain(module: MultiHeadAttention, x, kv, allowed) -> jax.Array:
     """The equation, with keys and values repeated for each query head; allowed [T, S]."""
     groups = 6 // module.num_kv_heads
     q, k, v = module.query(x), module.key(kv), module.value(kv)
+    if module.query_norm is not None:
+        q, k = module.query_norm(q), module.key_norm(k)
     k, v = jnp.repeat(k, groups, axis=2), jnp.repeat(v, groups, axis=2)
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(module.head_dim)
     weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf), axis=-1)
@@ -39,6 +42,16 @@ def test_grouped_queries_follow_the_equation(num_kv_heads) -> None:
     output, cache = jax.jit(lambda x: module(x, mask=CAUSAL))(x)
     assert cache is None
     np.testing.assert_allclose(output, expected, atol=1e-5)
+
+
+def test_normalised_heads_and_the_biases_asked_for() -> None:
+    module, x = build(bias=True, out_bias=False, head_norm=RMSNorm, num_kv_heads=2), random(1, 2, 5, 24)
+    assert module.out.bias is None and module.query.bias is not None
+    module.key_norm.scale = module.key_norm.scale.replace(random(2, 4))
+    with_norms = jax.jit(lambda x: module(x).output)(x)
+    expected = plain(module, x, x, jnp.ones((5, 5), bool))
+    np.testing.assert_allclose(with_norms, expected, atol=1e-5)
+    np.testing.assert_allclose(module(x, x).output, expected, atol=1e-5)
 
 
 def test_cross_attention_sees_another_sequence_of_another_width() -> None:

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 from zoo.layers.linear import LayerError
-from zoo.layers.positions import LearnedPositions, Rotary, sinusoids
+from zoo.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, Rotary, sinusoids
 
 
 def test_sinusoids_follow_the_paper() -> None:
@@ -65,3 +65,30 @@ def test_a_fraction_leaves_the_rest_as_it_is() -> None:
     y = Rotary(fraction=0.5)(x, positions)
     np.testing.assert_array_equal(y[..., 4:], x[..., 4:])
     np.testing.assert_allclose(y[..., :4], Rotary()(x[..., :4], positions), atol=1e-6)
+
+
+def test_scalings_slow_pairs_by_their_wavelength() -> None:
+    plain = Rotary(longest=1000.0).frequencies(16)
+    np.testing.assert_allclose(Rotary(1000.0, scaling=LinearScaling(4.0)).frequencies(16), plain / 4, rtol=1e-6)
+    scaling = Llama3Scaling(4.0, slow=1.0, fast=8.0, original_length=100)
+    scaled = Rotary(1000.0, scaling=scaling).frequencies(16)
+    turns = 100 * plain / (2 * np.pi)
+    np.testing.assert_array_equal(scaled[turns > 8], plain[turns > 8])
+    np.testing.assert_allclose(scaled[turns < 1], plain[turns < 1] / 4, rtol=1e-6)
+    between = (turns > 1) & (turns < 8)
+    share = (turns[between] - 1) / 7
+    np.testing.assert_allclose(scaled[between], plain[between] * ((1 - share) / 4 + share), rtol=1e-5)
+    assert between.sum() == 3 and (turns > 8).sum() == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Rotary(longest=0.0), "longest 0.0 of rotary positions is no finite number above 0"),
+        (lambda: LinearScaling(-1.0), "factor -1.0"),
+        (lambda: Llama3Scaling(8.0, slow=4.0, fast=1.0), "fast 1.0 is not above slow 4.0"),
+    ],
+)
+def test_rotary_positions_that_cannot_turn_are_refused(make, message) -> None:
+    with pytest.raises(LayerError, match=message):
+        make()

@@ -1,6 +1,7 @@
 """Multi-head attention with grouped queries, for self- and cross-attention, and its cache of keys and values."""
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -64,6 +65,9 @@ class MultiHeadAttention(nnx.Module):
     """softmax(q k^T / sqrt(H)) v with N query heads over K key/value heads (Vaswani et al. 2017; Ainslie et al. 2023).
 
     kv_width: width of what keys and values are made from, where it is not the queries' (cross-attention).
+    out_bias: whether the projection that ends it has a bias; as `bias` where None.
+    head_norm: makes, from H, a normalisation of each head's queries and one of its keys, before rotary positions
+        (Henry et al. 2020; Qwen 3).
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class MultiHeadAttention(nnx.Module):
         kv_width: int | None = None,
         rotary: Rotary | None = None,
         bias: bool = True,
+        out_bias: bool | None = None,
+        head_norm: Callable[[int], nnx.Module] | None = None,
         dropout: float = 0.0,
         precision: Precision = Precision(),
         init: Initializer = normal(0.02),
@@ -90,12 +96,16 @@ class MultiHeadAttention(nnx.Module):
         head_dim = head_dim or width // num_heads
         self.num_kv_heads, self.head_dim, self.rotary, self.dropout = num_kv_heads, head_dim, rotary, dropout
         self.compute = precision.compute
-        linear = partial(Linear, rngs=rngs, precision=precision, bias=bias)
+        linear = partial(Linear, rngs=rngs, precision=precision)
         kv_shape, kv_axes = (num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
-        self.query = linear(width, (num_heads, head_dim), axes=("embed", "heads", "head_dim"), init=init)
-        self.key = linear(kv_width or width, kv_shape, axes=kv_axes, init=init)
-        self.value = linear(kv_width or width, kv_shape, axes=kv_axes, init=init)
-        self.out = linear((num_heads, head_dim), width, axes=("heads", "head_dim", "embed"), init=out_init or init)
+        out_axes, out_init = ("heads", "head_dim", "embed"), out_init or init
+        out_bias = bias if out_bias is None else out_bias
+        self.query = linear(width, (num_heads, head_dim), axes=("embed", "heads", "head_dim"), bias=bias, init=init)
+        self.key = linear(kv_width or width, kv_shape, axes=kv_axes, bias=bias, init=init)
+        self.value = linear(kv_width or width, kv_shape, axes=kv_axes, bias=bias, init=init)
+        self.out = linear((num_heads, head_dim), width, axes=out_axes, bias=out_bias, init=out_init)
+        self.query_norm = None if head_norm is None else head_norm(head_dim)
+        self.key_norm = None if head_norm is None else head_norm(head_dim)
 
     def __call__(
         self,
@@ -116,7 +126,7 @@ class MultiHeadAttention(nnx.Module):
         """
         if kv is not None and cache is not None:
             raise LayerError("kv given with a cache, which is of self-attention: give keys_and_values(kv) as kv")
-        q = constrain(self.query(x), *_HEADS)
+        q = constrain(_normalised(self.query(x), self.query_norm), *_HEADS)
         if kv is None:
             start = 0 if cache is None else cache.lengths[:, None]
             slots = start + jnp.arange(x.shape[1])[None]
@@ -152,4 +162,9 @@ class MultiHeadAttention(nnx.Module):
         return KVCache(keys, values, jnp.zeros(batch_size, jnp.int32))
 
     def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return constrain(self.key(x), *_KV_HEADS), constrain(self.value(x), *_KV_HEADS)
+        k = _normalised(self.key(x), self.key_norm)
+        return constrain(k, *_KV_HEADS), constrain(self.value(x), *_KV_HEADS)
+
+
+def _normalised(x: jax.Array, norm: nnx.Module | None) -> jax.Array:
+    return x if norm is None else norm(x)

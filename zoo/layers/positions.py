@@ -1,9 +1,12 @@
 """Positions: a learned table, sinusoids, and rotations of queries and keys."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from zoo.layers.linear import Initializer, LayerError, Precision, normal
@@ -43,22 +46,72 @@ def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0) -> 
 
 
 @dataclass(frozen=True)
+class LinearScaling:
+    """All pairs of rotary positions turn `factor` times slower: positions are interpolated (Chen et al. 2023)."""
+
+    factor: float
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor)
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        return frequencies / np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class Llama3Scaling:
+    """Slow pairs of rotary positions turn `factor` times slower, fast ones as before (Llama 3.1's released code).
+
+    slow, fast: turns within original_length below which a pair is slow, and from which on it is fast; the frequencies
+    between are interpolated.
+    """
+
+    factor: float
+    slow: float = 1.0
+    fast: float = 4.0
+    original_length: int = 8192
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor, slow=self.slow, fast=self.fast, original_length=self.original_length)
+        if self.fast <= self.slow:
+            raise LayerError(f"fast {self.fast} is not above slow {self.slow}: choose more turns for fast pairs")
+
+    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+        # Rounded where Hugging Face's implementation rounds, which divides by multiplying with a reciprocal.
+        wavelengths = np.reciprocal(frequencies) * np.float32(2 * math.pi)
+        turns = np.reciprocal(wavelengths) * np.float32(self.original_length)
+        share = (turns - np.float32(self.slow)) / np.float32(self.fast - self.slow)
+        slower = frequencies / np.float32(self.factor)
+        between = (1 - share) * frequencies / np.float32(self.factor) + share * frequencies
+        is_slow = wavelengths > np.float32(self.original_length / self.slow)
+        is_fast = wavelengths < np.float32(self.original_length / self.fast)
+        return np.where(is_slow, slower, np.where(is_fast, frequencies, between))
+
+
+@dataclass(frozen=True)
 class Rotary:
     """Rotary positions (Su et al. 2021): turns pairs of a head's features by angles proportional to the position.
 
+    Pair i of H features turns longest^(-2i / H) radians per position.
+
     fraction: share of the head size that is turned, from its start; the rest passes through.
     interleaved: pairs are neighbours (2i, 2i + 1) as in the paper; else (i, i + half) as in Llama and GPT-NeoX.
+    scaling: changes the frequencies, so that a model reaches beyond the length that it was trained with.
     """
 
     longest: float = 10000.0
     fraction: float = 1.0
     interleaved: bool = False
+    scaling: Callable[[np.ndarray], np.ndarray] | None = None
+
+    def __post_init__(self) -> None:
+        _check_positive(longest=self.longest)
 
     def __call__(self, x: jax.Array, positions: jax.Array) -> jax.Array:
         """x [B, T, N, H] turned by positions [B, T] (or any shape that broadcasts to it); computed in float32."""
         width = int(x.shape[-1] * self.fraction) // 2 * 2
         turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
-        angles = positions[..., None, None] * _frequencies(width, self.longest)
+        angles = positions[..., None, None] * self.frequencies(width)
         sin, cos = jnp.sin(angles), jnp.cos(angles)
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
@@ -67,6 +120,22 @@ class Rotary:
             a, b = jnp.split(turned, 2, -1)
             turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
         return jnp.concatenate([turned.astype(x.dtype), rest], -1)
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """Radians per position of each of width / 2 pairs, float32.
+
+        A constant made on the host: an accelerator's power is off by more than the last digit, which a position of
+        100,000 multiplies. Rounded to float32 where published implementations round.
+        """
+        exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+        frequencies = np.reciprocal(np.power(self.longest, exponents.astype(np.float64)).astype(np.float32))
+        return frequencies if self.scaling is None else self.scaling(frequencies)
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise LayerError(f"{name} {value} of rotary positions is no finite number above 0: choose one")
 
 
 def _frequencies(width: int, longest: float) -> jax.Array:

@@ -5,11 +5,17 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("gpt", "unet")
+FAMILIES = ("gpt", "llama", "unet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
-PUBLISHED = {"gpt2": ("gpt", "GPTConfig")}
+PUBLISHED = {
+    "gpt2": ("gpt", "GPTConfig"),
+    "llama": ("llama", "LlamaConfig"),
+    "mistral": ("llama", "LlamaConfig"),
+    "qwen2": ("llama", "LlamaConfig"),
+    "qwen3": ("llama", "LlamaConfig"),
+}
 
 
 class UnknownPreset(ValueError):

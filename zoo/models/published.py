@@ -119,6 +119,14 @@ def number(fields: Mapping[str, Any], name: str, default: float) -> float:
     return value
 
 
+def flag(fields: Mapping[str, Any], name: str, default: bool) -> bool:
+    """A field of config.json that is true or false; its default where it is left out."""
+    value = fields.get(name, default)
+    if not isinstance(value, bool):
+        raise PublishedError(f"config.json has {name} {value!r}: the model needs true or false there")
+    return value
+
+
 def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
     """Our name of the activation that a field names."""
     published = fields.get(name, default)

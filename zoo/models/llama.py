@@ -1,0 +1,568 @@
+"""Llama 2 and 3, Mistral, Qwen 2 and 3: decoder-only transformers with RMSNorm, rotary positions and SwiGLU.
+
+They are configurations of one module, which is Llama's (Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al.
+2024, "The Llama 3 Herd of Models") with grouped queries (Ainslie et al. 2023) and what each adds to it:
+
+- Llama 3.1 and 3.2: rotary frequencies scaled by wavelength, Llama3Scaling.
+- Mistral 7B v0.1 (Jiang et al. 2023): a sliding window in every layer; later versions have none.
+- Qwen 2 and 2.5 (Yang et al. 2024): biases of queries, keys and values; a window in some layers where asked for.
+- Qwen 3 (Yang et al. 2025): no biases, and a normalisation over each head of queries and keys.
+
+Initialisation is that of the published code: N(0, 0.02^2), biases 0, norms 1.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from zoo.kernels import Mask
+from zoo.layers.attention import KVCache, MultiHeadAttention
+from zoo.layers.feedforward import FeedForward
+from zoo.layers.linear import Embed, Head, LayerError, Precision, check_sizes
+from zoo.layers.norms import RMSNorm
+from zoo.layers.positions import LinearScaling, Llama3Scaling, Rotary
+from zoo.layers.transformer import Block, Stack
+from zoo.models.gpt import SequenceError
+from zoo.models.published import (
+    Layout,
+    PublishedError,
+    SpecialTokens,
+    Weight,
+    activation,
+    flag,
+    number,
+    published_activation,
+    require,
+    size,
+)
+from zoo.sharding import constrain
+
+CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {"bos_token_id": 1, "eos_token_id": 2}),
+    "mistral": (
+        "Mistral",
+        {"num_key_value_heads": 8, "sliding_window": 4096, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "qwen2": ("Qwen2", {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28}),
+    "qwen3": ("Qwen3", {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128}),
+}
+"""Published classes by model_type: the name, and what a config.json means that leaves a field out."""
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+LONGEST_PERIOD = 8
+"""Layers of a published pattern of windows, at most: a stack compiles each of a period, and one layer serves most."""
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes and parts of a Llama; the defaults are Llama 2 7B's.
+
+    max_length: positions that it was trained for.  num_kv_heads, head_dim: num_heads and width / num_heads where None.
+    windows: attention of each layer of a period, repeated over depth: None is dense, W sees the last W positions.
+    rope_theta, rope_scaling: of rotary positions, see Rotary.
+    qkv_bias, out_bias: biases of attention's projections.  qk_norm: RMSNorm over each head of queries and of keys.
+    tied: whether the embedding scores too; else the head has a table of its own.
+    attention_dropout: of attention weights.
+    special_tokens: what generation stops at, unless told.
+    published: the class of config.json that it is written as, a name in CLASSES.
+    remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
+    """
+
+    vocab_size: int = 32000
+    max_length: int = 4096
+    num_layers: int = 32
+    width: int = 4096
+    num_heads: int = 32
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
+    mlp_width: int = 11008
+    windows: tuple[int | None, ...] = (None,)
+    activation: str = "silu"
+    norm_epsilon: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    qkv_bias: bool = False
+    out_bias: bool = False
+    qk_norm: bool = False
+    tied: bool = False
+    attention_dropout: float = 0.0
+    special_tokens: SpecialTokens = SpecialTokens(bos=1, eos=(2,))
+    published: str = "llama"
+    remat: str = "none"
+    precision: Precision = Precision()
+
+    def __post_init__(self) -> None:
+        names = (
+            "vocab_size",
+            "max_length",
+            "num_layers",
+            "width",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "mlp_width",
+        )
+        sizes = {name: getattr(self, name) for name in names}
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
+        if not self.windows:
+            raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
+        check_sizes(**{f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None})
+        if self.head_size % 2:
+            raise LayerError(f"head_dim {self.head_size} is odd, and rotary positions turn pairs: choose an even one")
+        if self.published not in CLASSES:
+            raise LayerError(f"published {self.published!r} is unknown: choose one of {', '.join(CLASSES)}")
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_kv_heads or self.num_heads
+
+    def build(self, rngs: nnx.Rngs) -> "Llama":
+        return Llama(self, rngs=rngs)
+
+    def forward_flops(self, shape: tuple[int, ...]) -> float:
+        """FLOPs of the forward pass of one example of shape (T,): matrix products alone, a multiply-add being two.
+
+        Scores that the mask removes are not counted: T^2 / 2 pairs in a dense layer, T W - W^2 / 2 in a band of W.
+        """
+        (length,) = shape
+        attention_width = self.num_heads * self.head_size
+        weights = self.width * (2 * attention_width + 2 * self.kv_heads * self.head_size + 3 * self.mlp_width)
+        flops = 2.0 * length * self.width * self.vocab_size
+        for window in self.windows:
+            band = min(window or length, length)
+            pairs = length * band - band**2 / 2
+            layers = self.num_layers // len(self.windows)
+            flops += layers * (2.0 * length * weights + 4.0 * pairs * attention_width)
+        return flops
+
+    @classmethod
+    def from_published(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
+        """From the config.json of a class in CLASSES; raises PublishedError for one that this module cannot be."""
+        published = fields["model_type"]
+        name, defaults = CLASSES[published]
+        fields = defaults | dict(fields)
+        require(fields, name, architectures=[f"{name}ForCausalLM"], mlp_bias=False, quantization_config=None)
+        bias = published in ("llama", "qwen3") and flag(fields, "attention_bias", False)
+        rope_theta, rope_scaling = _rope(fields, name)
+        return cls(
+            vocab_size=size(fields, "vocab_size"),
+            max_length=size(fields, "max_position_embeddings"),
+            num_layers=size(fields, "num_hidden_layers"),
+            width=size(fields, "hidden_size"),
+            num_heads=size(fields, "num_attention_heads"),
+            num_kv_heads=size(fields, "num_key_value_heads", optional=True),
+            head_dim=size(fields, "head_dim", optional=True),
+            mlp_width=size(fields, "intermediate_size"),
+            windows=_windows(fields, published),
+            activation=activation(fields, "hidden_act", "silu"),
+            norm_epsilon=number(fields, "rms_norm_eps", 1e-6),
+            rope_theta=rope_theta,
+            rope_scaling=rope_scaling,
+            qkv_bias=published == "qwen2" or bias,
+            out_bias=bias,
+            qk_norm=published == "qwen3",
+            tied=flag(fields, "tie_word_embeddings", False),
+            attention_dropout=number(fields, "attention_dropout", 0.0),
+            special_tokens=SpecialTokens.from_published(fields),
+            published=published,
+        )
+
+    def to_published(self) -> dict[str, Any]:
+        """The config.json of this model; raises PublishedError where its class, `published`, has no such thing."""
+        name = CLASSES[self.published][0]
+        own: dict[str, Any] = {
+            "llama": {"qk_norm": False, "out_bias": self.qkv_bias, "windows": (None,)},
+            "mistral": {"qk_norm": False, "qkv_bias": False, "out_bias": False, "windows": self.windows[:1]},
+            "qwen2": {"qk_norm": False, "qkv_bias": True, "out_bias": False},
+            "qwen3": {"qk_norm": True, "out_bias": self.qkv_bias},
+        }[self.published]
+        if "windows" in own:
+            own["windows"] *= len(self.windows)
+        for field, value in own.items():
+            if getattr(self, field) != value:
+                raise PublishedError(f"{field} {getattr(self, field)}: {name}'s published layout has {value} alone")
+        if self.published == "llama" and self.width % self.num_heads:
+            raise PublishedError(
+                f"width {self.width}: Llama's published layout has multiples of num_heads {self.num_heads} alone"
+            )
+        fields: dict[str, Any] = {
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": self.published,
+            "vocab_size": self.vocab_size,
+            "max_position_embeddings": self.max_length,
+            "num_hidden_layers": self.num_layers,
+            "hidden_size": self.width,
+            "num_attention_heads": self.num_heads,
+            "num_key_value_heads": self.kv_heads,
+            "intermediate_size": self.mlp_width,
+            "hidden_act": published_activation(self.activation),
+            "rms_norm_eps": self.norm_epsilon,
+            "rope_parameters": _rope_parameters(self.rope_theta, self.rope_scaling),
+            "attention_dropout": self.attention_dropout,
+            "tie_word_embeddings": self.tied,
+        }
+        # Qwen 2 has a head size of its own where it is not width / num_heads: its code heeds the field, and lacks it.
+        if self.published != "qwen2" or self.head_size * self.num_heads != self.width:
+            fields["head_dim"] = self.head_size
+        if self.published in ("llama", "qwen3"):
+            fields["attention_bias"] = self.qkv_bias
+        if self.published == "mistral":
+            fields["sliding_window"] = self.windows[0]
+        if self.published in ("qwen2", "qwen3"):
+            fields |= self._published_windows(name)
+        return fields | self.special_tokens.to_published()
+
+    def _published_windows(self, name: str) -> dict[str, Any]:
+        widths = sorted({window for window in self.windows if window is not None})
+        if len(widths) > 1:
+            raise PublishedError(f"windows {self.windows}: {name}'s published layout has one width in all layers")
+        types = [FULL if window is None else SLIDING for window in self.windows]
+        return {
+            "use_sliding_window": bool(widths),
+            "sliding_window": widths[0] if widths else None,
+            "layer_types": types * (self.num_layers // len(types)),
+        }
+
+    def published_layout(self) -> Layout:
+        projections = [
+            _projection(f"self_attn.{name}_proj", f"attention.{module}", kernel, vector, bias)
+            for name, module, kernel, vector, bias in (
+                ("q", "query", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
+                ("k", "key", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
+                ("v", "value", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
+                ("o", "out", "d (n h) -> n h d", "d -> d", self.out_bias),
+            )
+        ] + [
+            _projection(f"mlp.{name}_proj", f"feedforward.{name}", kernel)
+            for name, kernel in (("gate", "f d -> d f"), ("up", "f d -> d f"), ("down", "d f -> f d"))
+        ]
+        norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feedforward_norm"}
+        if self.qk_norm:
+            norms |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
+        return Layout(
+            (
+                Weight("model.embed_tokens.weight", ("embed.table",), "v d -> v d"),
+                *(weight for weights in projections for weight in weights),
+                *(
+                    Weight(f"model.layers.{{}}.{name}.weight", (f"stack.blocks.*.{module}.scale",), "d -> d")
+                    for name, module in norms.items()
+                ),
+                Weight("model.norm.weight", ("norm.scale",), "d -> d"),
+                *(() if self.tied else (Weight("lm_head.weight", ("unembed.table",), "v d -> v d"),)),
+            ),
+            prefix="model.",
+            tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
+            buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+        )
+
+
+def _projection(name: str, module: str, kernel: str, vector: str = "", bias: bool = False) -> tuple[Weight, ...]:
+    """A layer's projection, whose published kernel is [out, in]."""
+    weights = (Weight(f"model.layers.{{}}.{name}.weight", (f"stack.blocks.*.{module}.kernel",), kernel),)
+    if bias:
+        weights += (Weight(f"model.layers.{{}}.{name}.bias", (f"stack.blocks.*.{module}.bias",), vector),)
+    return weights
+
+
+def _windows(fields: Mapping[str, Any], published: str) -> tuple[int | None, ...]:
+    """The shortest period of windows that repeats over the layers of a config.json."""
+    if published == "llama":
+        return (None,)
+    if published == "mistral":
+        require(fields, "Mistral", layer_types=None)
+        return (size(fields, "sliding_window", optional=True),)
+    used = flag(fields, "use_sliding_window", False)
+    window = size(fields, "sliding_window", optional=True) if used else None
+    layers, types = size(fields, "num_hidden_layers"), fields.get("layer_types")
+    if types is None:
+        dense = layers if window is None else min(int(number(fields, "max_window_layers", 28)), layers)
+        if dense in (0, layers):
+            return (window if dense == 0 else None,)
+        if layers > LONGEST_PERIOD:
+            raise PublishedError(
+                f"config.json has max_window_layers {dense}, which gives the last {layers - dense} of {layers} layers "
+                f"a window: layers here repeat a period of at most {LONGEST_PERIOD}"
+            )
+        types = [FULL] * dense + [SLIDING] * (layers - dense)
+    if not isinstance(types, list) or len(types) != layers or not {FULL, SLIDING}.issuperset(map(str, types)):
+        raise PublishedError(
+            f"config.json has layer_types {types!r}: the model needs {FULL!r} or {SLIDING!r} for each of "
+            f"num_hidden_layers {layers}"
+        )
+    if SLIDING in types and window is None:
+        raise PublishedError(
+            f"config.json has layer_types with {SLIDING!r}, and use_sliding_window {used} with sliding_window "
+            f"{fields.get('sliding_window')}: it names no window"
+        )
+    for period in range(1, min(layers, LONGEST_PERIOD) + 1):
+        if layers % period == 0 and types == types[:period] * (layers // period):
+            return tuple(window if kind == SLIDING else None for kind in types[:period])
+    raise PublishedError(
+        f"config.json has layer_types {types!r}: layers here repeat a period of at most {LONGEST_PERIOD}"
+    )
+
+
+def _rope(fields: Mapping[str, Any], name: str) -> tuple[float, LinearScaling | Llama3Scaling | None]:
+    """rope_theta and rope_scaling, from `rope_parameters` or the fields of older files."""
+    # An older file's rope_scaling wins over rope_parameters, as in transformers.
+    where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    given = fields.get(where) or {}
+    if not isinstance(given, dict):
+        raise PublishedError(f"config.json has {where} {given!r}: the model needs an object there")
+    found = {"rope_theta": fields.get("rope_theta", 10000.0)} | given
+    found["rope_type"] = kind = found.get("rope_type", found.pop("type", "default"))
+    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    parts = {"default": (), "linear": ("factor",), "llama3": llama3}
+    if not isinstance(kind, str) or kind not in parts:
+        raise PublishedError(f"config.json has {where} of type {kind!r}, and a {name} here has {', '.join(parts)}")
+    require(fields, name, partial_rotary_factor=1.0)
+    require(found, f"{name}'s {where}", partial_rotary_factor=1.0)
+    known = {"rope_theta", "rope_type", "partial_rotary_factor", *parts[kind]}
+    if unknown := sorted(key for key in found.keys() - known if found[key] is not None):
+        raise PublishedError(
+            f"config.json has {where} with {unknown[0]} {found[unknown[0]]!r}, which those of type {kind!r} lack here"
+        )
+    theta = _positive(found, "rope_theta")
+    if kind == "default":
+        return theta, None
+    if kind == "linear":
+        return theta, LinearScaling(_positive(found, "factor"))
+    # As in transformers: the field beside rope_parameters, where there is one, wins over the one within.
+    name = "original_max_position_embeddings"
+    original = {name: fields.get("max_position_embeddings")} | found | {k: v for k, v in fields.items() if k == name}
+    return theta, Llama3Scaling(
+        factor=_positive(found, "factor"),
+        slow=_positive(found, "low_freq_factor"),
+        fast=_positive(found, "high_freq_factor"),
+        original_length=size(original, name),
+    )
+
+
+def _positive(fields: Mapping[str, Any], name: str) -> float:
+    value = number({name: fields.get(name)}, name, 0.0)
+    if not value:
+        raise PublishedError(f"config.json has {name} {value!r}: rotary positions need a number above 0 there")
+    return value
+
+
+def _rope_parameters(theta: float, scaling: LinearScaling | Llama3Scaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_theta": theta, "rope_type": "default"}
+    if isinstance(scaling, LinearScaling):
+        return {"factor": scaling.factor, "rope_theta": theta, "rope_type": "linear"}
+    return {
+        "factor": scaling.factor,
+        "high_freq_factor": scaling.fast,
+        "low_freq_factor": scaling.slow,
+        "original_max_position_embeddings": scaling.original_length,
+        "rope_theta": theta,
+        "rope_type": "llama3",
+    }
+
+
+class LlamaOutput(NamedTuple):
+    """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
+
+    logits: jax.Array
+    cache: KVCache | None
+
+
+class LlamaFeatures(NamedTuple):
+    """hidden: [B, T, D], after the last normalisation.  cache: the one given, with what this call appended."""
+
+    hidden: jax.Array
+    cache: KVCache | None
+
+
+def llama_block(config: LlamaConfig, *, rngs: nnx.Rngs) -> Block:
+    """One layer of a Llama; called with mask=Mask(causal=True)."""
+    common = {"rngs": rngs, "precision": config.precision}
+    norm = partial(RMSNorm, epsilon=config.norm_epsilon, precision=config.precision)
+    attention = MultiHeadAttention(
+        config.width,
+        config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        rotary=Rotary(config.rope_theta, scaling=config.rope_scaling),
+        bias=config.qkv_bias,
+        out_bias=config.out_bias,
+        head_norm=norm if config.qk_norm else None,
+        dropout=config.attention_dropout,
+        **common,
+    )
+    feedforward = FeedForward(
+        config.width, config.mlp_width, activation=config.activation, gated=True, bias=False, **common
+    )
+    return Block(attention, feedforward, partial(norm, config.width))
+
+
+class Llama(nnx.Module):
+    """Tokens [B, T] to logits [B, T, V].
+
+    Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
+    """
+
+    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        common = {"rngs": rngs, "precision": config.precision}
+        self.embed = Embed(config.vocab_size, config.width, **common)
+        self.stack = Stack(
+            lambda rngs: llama_block(config, rngs=rngs),
+            config.num_layers,
+            period=len(config.windows),
+            remat=config.remat,
+            rngs=rngs,
+        )
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
+        self.unembed = None if config.tied else Embed(config.vocab_size, config.width, **common)
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> LlamaOutput:
+        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
+        hidden, cache = self.features(tokens, positions=positions, segments=segments, mask=mask, cache=cache, key=key)
+        return LlamaOutput(self.logits(hidden)[..., : self.config.vocab_size], cache)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
+        return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> LlamaFeatures:
+        """The final hidden states of tokens [B, T] int32.
+
+        positions: [B, T], for rotary positions; counted from 0, or from the cache's lengths, unless given.
+        segments: [B, T], the document of each token of a packed row, 0 where there is none: tokens attend within their
+            document alone. Not with a cache.
+        mask: restricts attention further; it is causal in any case.
+        cache: of `init_cache`; tokens stand after what it holds.
+        key: for dropout; None drops nothing.
+        """
+        self._check(tokens, segments, cache)
+        # Documents are contiguous, so that order and distance within one are those of the row: the mask compares
+        # indices, which kernels can skip blocks by, rather than positions that start again.
+        mask = (mask or Mask()) & Mask(causal=True, segments=segments)
+        masks = [mask if window is None else mask & Mask(window=window) for window in self.config.windows]
+        x = constrain(self.embed(tokens), "act_batch", "act_length", "act_embed")
+        x, cache = self.stack(x, masks=masks, cache=cache, positions=positions, key=key)
+        return LlamaFeatures(self.norm(x), cache)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
+        logits = (self.unembed or self.embed).attend(hidden)
+        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
+        return constrain(logits, *leading, "act_vocab")
+
+    def head(self) -> Head:
+        """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
+        return (self.unembed or self.embed).head()
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache with room for `length` tokens a row."""
+        if length > self.config.max_length:
+            raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {self.config.max_length}")
+        return self.stack.init_cache(batch_size, length)
+
+    def _check(self, tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
+        if tokens.shape[1] > self.config.max_length:
+            raise SequenceError(
+                f"a sequence of {tokens.shape[1]} tokens exceeds the model's max_length {self.config.max_length}: "
+                f"cut it, or build the model with a larger max_length"
+            )
+        if cache is not None and segments is not None:
+            raise SequenceError("segments given with a cache: a cached row is one document, so leave segments out")
+
+
+def _llama3(num_layers: int, width: int, num_heads: int, mlp_width: int, **others: Any) -> LlamaConfig:
+    return LlamaConfig(
+        vocab_size=128256,
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=8,
+        mlp_width=mlp_width,
+        rope_theta=500000.0,
+        special_tokens=SpecialTokens(bos=128000, eos=(128001,)),
+        **others,
+    )
+
+
+def _mistral(**others: Any) -> LlamaConfig:
+    return LlamaConfig(max_length=32768, num_kv_heads=8, mlp_width=14336, published="mistral", **others)
+
+
+def _qwen(num_layers: int, width: int, num_heads: int, num_kv_heads: int, mlp_width: int, **others: Any) -> LlamaConfig:
+    return LlamaConfig(
+        num_layers=num_layers,
+        width=width,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        mlp_width=mlp_width,
+        norm_epsilon=1e-6,
+        rope_theta=1e6,
+        **others,
+    )
+
+
+_QWEN2: dict[str, Any] = {
+    "qkv_bias": True,
+    "published": "qwen2",
+    "special_tokens": SpecialTokens(bos=151643, eos=(151643,)),
+}
+_QWEN3: dict[str, Any] = {
+    "vocab_size": 151936,
+    "max_length": 40960,
+    "head_dim": 128,
+    "qk_norm": True,
+    "published": "qwen3",
+    "special_tokens": SpecialTokens(bos=151643, eos=(151645,)),
+}
+
+PRESETS = {
+    "llama-2-7b": LlamaConfig(),
+    "llama-2-13b": LlamaConfig(num_layers=40, width=5120, num_heads=40, mlp_width=13824),
+    "llama-2-70b": LlamaConfig(num_layers=80, width=8192, num_heads=64, num_kv_heads=8, mlp_width=28672),
+    "llama-3-8b": _llama3(32, 4096, 32, 14336, max_length=8192),
+    "llama-3-70b": _llama3(80, 8192, 64, 28672, max_length=8192),
+    "llama-3.1-8b": _llama3(32, 4096, 32, 14336, max_length=131072, rope_scaling=Llama3Scaling(8.0)),
+    "llama-3.2-1b": _llama3(16, 2048, 32, 8192, max_length=131072, rope_scaling=Llama3Scaling(32.0), tied=True),
+    "llama-3.2-3b": _llama3(28, 3072, 24, 8192, max_length=131072, rope_scaling=Llama3Scaling(32.0), tied=True),
+    "mistral-7b-v0.1": _mistral(windows=(4096,)),
+    "mistral-7b-v0.3": _mistral(vocab_size=32768, rope_theta=1e6),
+    "qwen2.5-0.5b": _qwen(24, 896, 14, 2, 4864, vocab_size=151936, max_length=32768, tied=True, **_QWEN2),
+    "qwen2.5-7b": _qwen(28, 3584, 28, 4, 18944, vocab_size=152064, max_length=131072, **_QWEN2),
+    "qwen3-0.6b": _qwen(28, 1024, 16, 8, 3072, tied=True, **_QWEN3),
+    "qwen3-8b": _qwen(36, 4096, 32, 8, 12288, **_QWEN3),
+}
