@@ -176,7 +176,12 @@ class Tensors:
             except SafetensorError as problem:
                 raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
             for name in names:
-                full = name if name.startswith(layout.prefix) or name in known else layout.prefix + name
+                if any(re.fullmatch(pattern, name) for pattern in layout.unused):
+                    continue
+                full = name
+                for old, new in layout.renamed.items():
+                    full = full.removesuffix(old) + new if full.endswith(old) else full
+                full = full if full.startswith(layout.prefix) or full in known else layout.prefix + full
                 if full in self.found:
                     raise PretrainedError(
                         f"{folder} has the tensor {full} twice, in {path.name} for one: keep one file"

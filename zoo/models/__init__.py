@@ -5,11 +5,11 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("gpt", "unet")
+FAMILIES = ("bert", "gpt", "unet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
-PUBLISHED = {"gpt2": ("gpt", "GPTConfig")}
+PUBLISHED = {"bert": ("bert", "BertConfig"), "gpt2": ("gpt", "GPTConfig")}
 
 
 class UnknownPreset(ValueError):
