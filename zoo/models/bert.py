@@ -22,7 +22,7 @@ from zoo.kernels import Mask
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import ACTIVATIONS, FeedForward
-from zoo.layers.linear import Embed, LayerError, Linear, Precision, check_sizes
+from zoo.layers.linear import Embed, Head, LayerError, Linear, Precision, check_sizes
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
@@ -397,6 +397,10 @@ class Bert(nnx.Module):
         logits = self.embed.attend(hidden) + self._word_head().bias[...]
         leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
         return constrain(logits, *leading, "act_vocab")
+
+    def head(self) -> Head:
+        """What `logits` scores with: the embedding's table [D, V padded] and a bias."""
+        return self.embed.head()._replace(bias=self._word_head().bias[...])
 
     def _vectors_of(self, tokens: jax.Array) -> jax.Array:
         """[B, T, D]; a token that pads teaches its vector nothing, as published."""
