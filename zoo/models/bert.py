@@ -325,7 +325,6 @@ class Bert(nnx.Module):
         key: jax.Array | None = None,
     ) -> BertOutput:
         """What the head says of tokens [B, T] int32. The arguments are those of `features`."""
-        features_key, head_key = split(key, 2)
         hidden, pooled = self.features(
             tokens,
             token_types=token_types,
@@ -333,8 +332,9 @@ class Bert(nnx.Module):
             positions=positions,
             segments=segments,
             mask=mask,
-            key=features_key,
+            key=key,
         )
+        *_, head_key = split(key, 3)
         logits = next_sentence = None
         if self.words is not None:
             logits = self.logits(self.words(hidden))[..., : self.config.vocab_size]
@@ -375,7 +375,7 @@ class Bert(nnx.Module):
             # What pads attends to what is real, as published: the loss of answers counts its scores.
             keys = jnp.broadcast_to(real, tokens.shape).astype(jnp.int32)
             mask = mask & Mask(segments=(jnp.ones_like(keys), keys))
-        embed_key, stack_key = split(key, 2)
+        embed_key, stack_key, _ = split(key, 3)  # The third is for what `__call__` drops of them.
         x = self._vectors_of(tokens) + self._vectors_of_types(token_types) + self.positions(positions)
         x = dropout(self.embed_norm(x), self.config.dropout, embed_key)
         x = constrain(x, "act_batch", "act_length", "act_embed")
