@@ -258,6 +258,7 @@ def test_a_published_config_that_is_none_of_these_is_refused_by_name(fields, mes
     [
         ({"head": "masked"}, "head 'masked' is unknown: choose one of none, pretraining"),
         ({"labels": ()}, "labels"),
+        ({"labels": ("a", "a")}, r"labels \('a', 'a'\)"),
         ({"head": "question_answering", "labels": ("a",)}, "start and the end"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is unknown"),
         ({"token_types": 0}, "token_types 0 is too small"),

@@ -111,8 +111,8 @@ class BertConfig:
         check_sizes(**{name: getattr(self, name) for name in names})
         if self.head not in HEADS:
             raise LayerError(f"head {self.head!r} is unknown: choose one of {', '.join(HEADS)}")
-        if not self.labels:
-            raise LayerError("labels () are none: name each class")
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise LayerError(f"labels {self.labels} are none, or one of them twice: name each class")
         if self.head == "question_answering" and len(self.labels) != 2:
             raise LayerError(
                 f"labels {self.labels}: question_answering scores the start and the end of an answer, so that it has 2"
@@ -326,13 +326,7 @@ class Bert(nnx.Module):
     ) -> BertOutput:
         """What the head says of tokens [B, T] int32. The arguments are those of `features`."""
         hidden, pooled = self.features(
-            tokens,
-            token_types=token_types,
-            real=real,
-            positions=positions,
-            segments=segments,
-            mask=mask,
-            key=key,
+            tokens, token_types=token_types, real=real, positions=positions, segments=segments, mask=mask, key=key
         )
         *_, head_key = split(key, 3)
         logits = next_sentence = None
@@ -356,7 +350,7 @@ class Bert(nnx.Module):
         mask: Mask | None = None,
         key: jax.Array | None = None,
     ) -> BertFeatures:
-        """The final hidden states of tokens [B, T] int32, and the pooled state where the head has a pooler.
+        """The final hidden states of tokens [B, T] int32, and the pooled state where there is a pooler.
 
         token_types: [B, T], of the table; 0 unless given.
         real: [B, T], false or 0 where a token only pads: no token attends to it. Where rows are padded at their ends
@@ -375,7 +369,7 @@ class Bert(nnx.Module):
             # What pads attends to what is real, as published: the loss of answers counts its scores.
             keys = jnp.broadcast_to(real, tokens.shape).astype(jnp.int32)
             mask = mask & Mask(segments=(jnp.ones_like(keys), keys))
-        embed_key, stack_key, _ = split(key, 3)  # The third is for what `__call__` drops of them.
+        embed_key, stack_key, _ = split(key, 3)  # The third is for what `__call__` drops of the results.
         x = self._vectors_of(tokens) + self._vectors_of_types(token_types) + self.positions(positions)
         x = dropout(self.embed_norm(x), self.config.dropout, embed_key)
         x = constrain(x, "act_batch", "act_length", "act_embed")
@@ -390,7 +384,7 @@ class Bert(nnx.Module):
         return self._word_head()(self.features(tokens, **arguments).hidden)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """What `hidden` gave, [..., D], or some of it, as the masked tokens alone, to scores of words.
+        """Scores of words from what `hidden` gave, [..., D], or from some of it: the masked tokens alone, say.
 
         [..., V padded to a multiple of 128] float32, -inf at the entries that only pad.
         """
@@ -420,7 +414,7 @@ class Bert(nnx.Module):
 
     @property
     def _classifier_dropout(self) -> float:
-        if self.config.head == "question_answering":  # Alone has none, as published.
+        if self.config.head == "question_answering":  # It alone has none, as published.
             return 0.0
         given = self.config.classifier_dropout
         return self.config.dropout if given is None else given
