@@ -71,6 +71,7 @@ def linear_cross_entropy(
     targets: ArrayLike,
     weights: ArrayLike,
     *,
+    bias: ArrayLike | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     vocabulary: int | None = None,
@@ -78,10 +79,10 @@ def linear_cross_entropy(
     precision: str | None = None,
     partition: layout.Partition = None,
 ) -> tuple[jax.Array, Sums]:
-    """Weighted sum of token losses under the logits `hidden @ kernel`, differentiable once, in hidden and kernel.
+    """Weighted sum of token losses under the logits `hidden @ kernel + bias`, differentiable once, in these three.
 
-    hidden [B, T, D], kernel [D, V], targets [B, T] int32, weights [B, T]; operands of the products are of the dtype of
-    hidden, logits, sums and reductions over devices float32.
+    hidden [B, T, D], kernel [D, V], targets [B, T] int32, weights [B, T], bias [V] or none; operands of the products
+    are of the dtype of hidden, logits, sums and reductions over devices float32.
     Loss of a token: -sum_v q_v log p_v + z_loss * log(Z)^2, where q puts 1 - label_smoothing on the target and spreads
     the rest evenly over the vocabulary (Szegedy et al. 2016, section 7), Z normalises p (PaLM, section 5).
     Returns the total and the sums `nll` (nats, without smoothing and z), `correct`, `z` (log(Z)^2), all [] float32; the
@@ -97,9 +98,10 @@ def linear_cross_entropy(
     Raises LossError, one line, where arguments do not fit.
     """
     arrays = jnp.asarray(hidden), jnp.asarray(kernel), jnp.asarray(targets), jnp.asarray(weights, jnp.float32)
+    arrays += () if bias is None else (jnp.asarray(bias),)
     entries = arrays[1].shape[-1]
     vocabulary = entries if vocabulary is None else vocabulary
-    _check(*arrays, vocabulary, chunk)
+    _check(*arrays, vocabulary=vocabulary, chunk=chunk)
     mesh, cut = _find(*arrays[:2], partition)
     call = _Call(label_smoothing, z_loss, vocabulary, vocabulary < entries, precision, chunk, mesh, cut)
     return _laid_out(call, *arrays)
@@ -109,13 +111,13 @@ def linear_cross_entropy(
 def _laid_out(call: _Call, *arrays: jax.Array) -> tuple[jax.Array, Sums]:
     """The loss of arrays that lie as it wants them: what brings them there is differentiated as it stands."""
     if call.mesh is not None and AxisType.Explicit in call.mesh.axis_types:
-        arrays = layout.resharded(call.mesh, _specs(call.cut), arrays)
+        arrays = layout.resharded(call.mesh, _specs(call.cut)[: len(arrays)], arrays)
     return _loss(call, *varying_over(arrays, varying_axes(arrays)))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(call: _Call, hidden: jax.Array, kernel: jax.Array, targets: jax.Array, weights: jax.Array) -> Any:
-    return _run(call, False, hidden, kernel, targets, weights)[0]
+def _loss(call: _Call, *arrays: jax.Array) -> Any:
+    return _run(call, False, *arrays)[0]
 
 
 def _forward(call: _Call, *arrays: jax.Array) -> tuple[Any, Any]:
@@ -123,65 +125,79 @@ def _forward(call: _Call, *arrays: jax.Array) -> tuple[Any, Any]:
 
 
 def _backward(call: _Call, gradients: Any, cotangents: Any) -> tuple[Any, ...]:
-    hidden, kernel = ((cotangents[0] * g).astype(g.dtype) for g in gradients)
-    return hidden, kernel, None, None
+    hidden, kernel, *bias = ((cotangents[0] * g).astype(g.dtype) for g in gradients)
+    return hidden, kernel, None, None, *bias
 
 
 _loss.defvjp(_forward, _backward)
 
 
 def _run(call: _Call, differentiated: bool, *arrays: jax.Array) -> tuple[Any, Any]:
-    """(total, sums) and the gradients of hidden and kernel, or (), over all devices."""
+    """(total, sums) and the gradients of hidden, kernel and a bias, or (), over all devices."""
     local = partial(_local, call, differentiated)
     if call.mesh is None:
         return local(*arrays)
-    hidden, kernel, *_ = specs = _specs(call.cut)
-    out_specs = PartitionSpec(), (hidden, kernel) if differentiated else ()
+    hidden, kernel, _, _, *bias = specs = _specs(call.cut)[: len(arrays)]
+    out_specs = PartitionSpec(), (hidden, kernel, *bias) if differentiated else ()
     # Its derivative is written out, with every reduction in it: nobody asks what varies over which axes.
     return jax.shard_map(local, mesh=call.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*arrays)
 
 
 def _local(call: _Call, differentiated: bool, *arrays: jax.Array) -> tuple[Any, Any]:
     """What `_run` gives, on one device of its shard_map."""
-    cut, (hidden, kernel, targets, weights) = call.cut, arrays
+    cut, (hidden, kernel, targets, weights, *bias) = call.cut, arrays
     # As an embedding's table lies: that of a tied head is read in place, and its gradient summed in place.
     table = kernel.T.astype(hidden.dtype)
     if cut.width:
         table = jax.lax.all_gather(table, cut.width, axis=1, tiled=True)
     count, size = _chunks(call.chunk, hidden.shape[0], hidden.shape[1], kernel.shape[1])
 
-    def body(d_table: Any, xs: Any) -> tuple[Any, Any]:
+    def body(carry: Any, xs: Any) -> tuple[Any, Any]:
         x, targets, weights = xs
         x = from_bits(x, hidden.dtype)
-        each, d_logits = _score(call, table, x, targets, weights)
+        each, d_logits = _score(call, table, x, targets, weights, *bias)
         if not differentiated:
-            return d_table, (each, ())
-        d_logits = d_logits().astype(x.dtype)
+            return carry, (each, ())
+        d_table, *d_bias = carry
+        d_exact = d_logits()
+        d_logits = d_exact.astype(x.dtype)
         d_x = _sum_over(cut.vocabulary, _dot(call, d_logits, table, (2,), (0,)))
-        return d_table + _dot(call, d_logits, x, (0, 1), (0, 1)), (each, to_bits(d_x.astype(x.dtype)))
+        d_table += _dot(call, d_logits, x, (0, 1), (0, 1))
+        return (d_table, *(d + d_exact.sum((0, 1)) for d in d_bias)), (each, to_bits(d_x.astype(x.dtype)))
 
-    start = jnp.zeros(table.shape, jnp.float32) if differentiated else ()
+    start = tuple(jnp.zeros(x.shape, jnp.float32) for x in (table, *bias)) if differentiated else ()
     start = varying_over(start, varying_axes(arrays))
     pieces = tuple(_cut(x, count, size) for x in (to_bits(hidden), targets, weights))
-    d_table, (each, d_pieces) = jax.lax.scan(body, start, pieces, unroll=count == 1)
+    summed, (each, d_pieces) = jax.lax.scan(body, start, pieces, unroll=count == 1)
     each = jax.tree.map(lambda x: _sum_over(cut.tokens, x.sum(0)), each)
     if not differentiated:
         return each, ()
+    d_table, *d_bias = summed
     d_hidden = from_bits(_joined(d_pieces, hidden.shape[1]), hidden.dtype)
     if cut.width:
         d_table = jax.lax.psum_scatter(d_table, cut.width, scatter_dimension=1, tiled=True)
     d_table = _sum_over(tuple(axis for axis in cut.tokens if axis not in cut.width), d_table)
+    d_bias = [_sum_over(cut.tokens, d).astype(x.dtype) for d, x in zip(d_bias, bias, strict=True)]
     # Written first: XLA's CPU library lacks the bfloat16 product that a transpose merged into it would make.
-    return each, (d_hidden, materialized(d_table).T.astype(kernel.dtype))
+    return each, (d_hidden, materialized(d_table).T.astype(kernel.dtype), *d_bias)
 
 
-def _score(call: _Call, table: jax.Array, x: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[Any, Any]:
+def _score(
+    call: _Call,
+    table: jax.Array,
+    x: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    bias: jax.Array | None = None,
+) -> tuple[Any, Any]:
     """(total, sums) of one chunk x [B, t, D], and a function that gives the gradient of its logits [B, t, V]."""
     axes, smoothing = call.cut.vocabulary, call.label_smoothing
     first = jax.lax.axis_index(axes) * len(table) if axes else 0
     index = first + jnp.arange(len(table))
     real = index < call.vocabulary
     logits = _dot(call, x, table, (2,), (1,))
+    if bias is not None:
+        logits += bias.astype(jnp.float32)
     if call.padded:
         logits = materialized(jnp.where(real, logits, -jnp.inf))
 
@@ -288,13 +304,16 @@ def _check_manual(spec: PartitionSpec, mesh: Mesh | AbstractMesh, manual: Names)
 
 
 def _specs(cut: Cut) -> tuple[PartitionSpec, ...]:
-    """Of hidden, kernel, targets and weights."""
+    """Of hidden, kernel, targets, weights and a bias."""
     batch, length, vocabulary, width = (names or None for names in cut)
     tokens = PartitionSpec(batch, length)
-    return PartitionSpec(batch, length, None), PartitionSpec(width, vocabulary), tokens, tokens
+    of_vocabulary = PartitionSpec(vocabulary)
+    return PartitionSpec(batch, length, None), PartitionSpec(width, vocabulary), tokens, tokens, of_vocabulary
 
 
-def _check(hidden: Any, kernel: Any, targets: Any, weights: Any, vocabulary: int, chunk: int | None) -> None:
+def _check(
+    hidden: Any, kernel: Any, targets: Any, weights: Any, *bias: Any, vocabulary: int, chunk: int | None
+) -> None:
     if hidden.ndim != 3:
         raise LossError(f"hidden has shape {hidden.shape}: it must be [B, T, D]")
     if kernel.ndim != 2 or kernel.shape[0] != hidden.shape[2]:
@@ -302,6 +321,9 @@ def _check(hidden: Any, kernel: Any, targets: Any, weights: Any, vocabulary: int
     for name, x in (("targets", targets), ("weights", weights)):
         if x.shape != hidden.shape[:2]:
             raise LossError(f"{name} have shape {x.shape}: they must be {hidden.shape[:2]}, one for each of hidden")
+    for x in bias:
+        if x.shape != kernel.shape[1:]:
+            raise LossError(f"the bias has shape {x.shape}: it must be [V] with the kernel's V={kernel.shape[1]}")
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise LossError(f"targets are {targets.dtype}: they must be integers, entries of the vocabulary")
     if not 1 <= vocabulary <= kernel.shape[1]:

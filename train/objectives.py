@@ -35,6 +35,7 @@ class NextToken:
             head.kernel,
             batch["targets"],
             weights,
+            bias=head.bias,
             label_smoothing=smoothing,
             z_loss=z_loss,
             vocabulary=head.vocabulary,

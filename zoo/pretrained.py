@@ -197,10 +197,16 @@ class Tensors:
 
     def __init__(self, folder: Path, layout: Layout):
         self.folder, self.layout = folder, layout
+        known = {weight.name.format("0") for weight in layout.weights} | set(layout.tied)
         self.found: dict[str, Stored] = {}
         for path in weight_files(folder):
             for name, stored in stored_tensors(path).items():
-                full = name if name.startswith(layout.prefix) or name in layout.tied else layout.prefix + name
+                if any(re.fullmatch(pattern, name) for pattern in layout.unused):
+                    continue
+                full = name
+                for old, new in layout.renamed.items():
+                    full = full.removesuffix(old) + new if full.endswith(old) else full
+                full = full if full.startswith(layout.prefix) or full in known else layout.prefix + full
                 if full in self.found:
                     raise PretrainedError(
                         f"{folder} has the tensor {full} twice, in {path.name} for one: keep one file"

@@ -1,5 +1,6 @@
 """Linear cross entropy against numpy, in every chunking and sharding; what it holds, and what devices exchange."""
 
+import contextlib
 import re
 from collections.abc import Callable
 from typing import Any
@@ -165,6 +166,43 @@ def test_by_partition(where: str, mesh) -> None:
             agree(graded(lambda *x: regularised(*x, partition=spec), *drawn()), expected)
 
 
+def with_a_bias() -> tuple[tuple[np.ndarray, ...], Any]:
+    """Arrays, the last a bias, and what is expected of them: it is a row of the kernel whose feature is always 1."""
+    hidden, kernel, targets, weights = drawn()
+    bias = np.random.default_rng(1).standard_normal(V).astype(np.float32)
+    longer = np.concatenate([hidden, np.ones((B, T, 1), np.float32)], -1), np.concatenate([kernel, bias[None]])
+    total, sums, (d_hidden, d_kernel) = reference((*longer, targets, weights), 0.1, 0.01)
+    return (*drawn(), bias), (total, sums, (d_hidden[..., :D], d_kernel[:D], d_kernel[D]))
+
+
+def graded_with_bias(*arrays: Any) -> Any:
+    def loss(*arrays: Any) -> Any:
+        return regularised(*arrays[:4], bias=arrays[4], chunk=5)
+
+    return jax.jit(jax.value_and_grad(loss, (0, 1, 4), has_aux=True))(*arrays)
+
+
+@pytest.mark.parametrize("sizes", [None, *SIZES])
+def test_a_bias_and_its_gradient(sizes: str | None) -> None:
+    arrays, expected = with_a_bias()
+    with contextlib.nullcontext() if sizes is None else sharding.use(sharding.make_mesh(sizes)):
+        agree(graded_with_bias(*arrays), expected)
+
+
+def test_a_bias_on_an_explicit_mesh() -> None:
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
+    arrays, expected = with_a_bias()
+    hidden, kernel, targets, weights, bias = arrays
+    hidden, kernel, bias = (
+        jax.device_put(x, NamedSharding(mesh, spec))
+        for x, spec in ((hidden, P("x", None, None)), (kernel, P("x", "y")), (bias, P("y")))
+    )
+    with jax.set_mesh(mesh):
+        result = graded_with_bias(hidden, kernel, targets, weights, bias)
+    assert [x.sharding.spec for x in result[1]] == [P("x", None, None), P("x", "y"), P("y")]
+    agree(result, expected)
+
+
 @pytest.mark.parametrize("kernel_spec", [P("x", "y"), P(None, "x"), P("y", None)])
 def test_by_the_types_of_an_explicit_mesh(kernel_spec: P) -> None:
     mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(AxisType.Explicit,) * 2)
@@ -276,6 +314,7 @@ def test_a_value_alone_computes_no_gradient() -> None:
         ({"kernel": np.ones((V, D))}, r"the kernel has shape \(16, 8\): it must be \[D, V\] with hidden's D=8"),
         ({"targets": np.ones((B, 1), int)}, r"targets have shape \(4, 1\): they must be \(4, 12\)"),
         ({"targets": np.ones((B, T))}, "targets are float.*: they must be integers"),
+        ({"bias": np.ones(REAL)}, r"the bias has shape \(13,\): it must be \[V\] with the kernel's V=16"),
         ({"vocabulary": 17}, "vocabulary 17 is not within the kernel's V=16"),
         ({"chunk": 0}, "chunk 0 is too small: choose a whole number from 1"),
         ({"partition": P("z")}, "partition names 'z': the mesh has the axes x, y"),

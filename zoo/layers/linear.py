@@ -145,12 +145,13 @@ class Head(NamedTuple):
     """What scores hidden states against a vocabulary, as `zoo.kernels.linear_cross_entropy` takes it.
 
     kernel: [D, V], in the parameters' dtype.  vocabulary: entries of V that are real; those behind only pad.
-    precision: of the product, by name, as in `Precision.products`.
+    precision: of the product, by name, as in `Precision.products`.  bias: [V], added to the scores, or none.
     """
 
     kernel: jax.Array
     vocabulary: int
     precision: str | None = None
+    bias: jax.Array | None = None
 
 
 class Embed(nnx.Module):

@@ -5,11 +5,12 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("gpt", "llama", "unet")
+FAMILIES = ("bert", "gpt", "llama", "unet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
 PUBLISHED = {
+    "bert": ("bert", "BertConfig"),
     "gpt2": ("gpt", "GPTConfig"),
     "llama": ("llama", "LlamaConfig"),
     "mistral": ("llama", "LlamaConfig"),

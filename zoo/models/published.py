@@ -59,12 +59,17 @@ class Layout:
     prefix: what the names of the class with a head begin with; files of the class without one leave it out.
     tied: names that some files have for a tensor a second time, and the tensor's own.
     buffers: regular expressions of names that are constants of the torch module and no parameters.
+    renamed: how names ended in older files, and how they end now.
+    unused: regular expressions of names, as they stand in a file, of what files hold besides: parameters of another
+        head than the class has, which leaves them out.
     """
 
     weights: tuple[Weight, ...]
     prefix: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
     buffers: tuple[str, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
