@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from randomise import randomise
 
 FOLDER = Path(__file__).parent / "bert"
 VOCABULARY, LENGTH = 101, 23
@@ -48,13 +49,7 @@ def build(name: str, fields: dict) -> torch.nn.Module:
     torch.manual_seed(0)
     config = transformers.BertConfig(**SIZES, **fields, attn_implementation="eager")
     model = getattr(transformers, name)(config).eval()
-    with torch.no_grad():
-        for path, parameter in model.named_parameters():
-            if path.endswith("bias"):
-                parameter.normal_(0.0, 0.1)
-            else:
-                parameter.normal_(*((1.0, 0.2) if "LayerNorm" in path else (0.0, 0.2)))
-    return model
+    return randomise(model)
 
 
 def inputs(rng: np.random.Generator) -> dict[str, np.ndarray]:

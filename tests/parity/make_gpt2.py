@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from randomise import randomise
 from transformers import GPT2Config, GPT2LMHeadModel
 
 FOLDER = Path(__file__).parent / "gpt2"
@@ -21,15 +22,7 @@ def build() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     config = GPT2Config(**SIZES, attn_implementation="eager", bos_token_id=None, eos_token_id=None, pad_token_id=0)
     model = GPT2LMHeadModel(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.1)
-            elif ".ln_" in name:
-                parameter.normal_(1.0, 0.2)
-            else:
-                parameter.normal_(0.0, 0.2)
-    return model
+    return randomise(model)
 
 
 def search(model: GPT2LMHeadModel, prompts: np.ndarray, length_penalty: float, early: bool) -> dict[str, np.ndarray]:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from randomise import randomise
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
 FOLDER = Path(__file__).parent
@@ -72,15 +73,7 @@ CASES: dict[str, PreTrainedConfig] = {
 def build(config: PreTrainedConfig) -> torch.nn.Module:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(0.0, 0.1)
-            elif "norm" in name:
-                parameter.normal_(1.0, 0.2)
-            else:
-                parameter.normal_(0.0, 0.2)
-    return model
+    return randomise(model)
 
 
 def make(name: str, config: PreTrainedConfig) -> None:
