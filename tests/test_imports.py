@@ -16,7 +16,7 @@ ORDER = (
     {"zoo.kernels"},
     {"zoo.layers"},
     {"zoo.models"},
-    {"zoo.generation", "zoo.beam_search", "zoo.diffusion", "zoo.pretrained"},
+    {"zoo.generation", "zoo.beam_search", "zoo.diffusion", "zoo.pretrained", "zoo.published_folder"},
     {"zoo.train"},
     {"zoo.cli", "zoo.commands", "zoo.__main__"},
     {"benchmarks", "tests"},

@@ -157,19 +157,20 @@ def beam_search(
     if not np.isfinite(length_penalty):
         raise GenerationError(f"length_penalty {length_penalty} is no finite number: 1 compares means, 0 sums")
     padded, lengths, slots = laid_out(model.config, prompts, max_new_tokens)
+    stop_array = stops(model.config, stop_tokens)
     found = _search(
         model,
         padded,
         lengths,
         np.int32(max_new_tokens),
-        stops(model.config, stop_tokens),
+        stop_array,
         np.float32(length_penalty),
         slots=slots,
         num_beams=num_beams,
         room=power_of_two(max_new_tokens),
         early=early_stopping,
     )
-    stop = set(np.asarray(stops(model.config, stop_tokens)).tolist())
+    stop = set(np.asarray(stop_array).tolist())
     tokens, ends, scores = (np.asarray(x) for x in found)
     made = [
         [_cut(row[:end].tolist(), stop) for row, end in zip(*beams, strict=True)]

@@ -1,13 +1,11 @@
 """Published checkpoints in and out: a folder with config.json and safetensors, or a model of the Hugging Face hub.
 
 Tensors are read one at a time and laid onto the shards that this host holds: at no time is more of the model in its
-memory than what stays there and one tensor. Weights come from safetensors alone, and from the named folder alone.
+memory than what stays there and one tensor.
 """
 
 import dataclasses
-import json
 import math
-import mmap
 import os
 import re
 from collections import Counter
@@ -21,46 +19,27 @@ from einops import rearrange
 from flax import nnx
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from zoo import sharding
 from zoo.layers.linear import DTYPES
 from zoo.models import published_config
 from zoo.models.published import Layout, Weight
-
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SHARD_BYTES = 5 * 10**9
-FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-STORED_DTYPES = FLOATS | {
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E5M2": "float8_e5m2",
-}
-# All pages at once, where the system can: asked for one by one they cost as much as the copy.
-MAPPED: dict[str, int] = (
-    {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
-    if hasattr(mmap, "MAP_POPULATE")
-    else {"access": mmap.ACCESS_READ}
+from zoo.published_folder import (
+    FLOATS,
+    PretrainedError,
+    Stored,
+    Writer,
+    find,
+    holds_model,
+    read_json,
+    stored_tensors,
+    weight_files,
 )
+
+SHARD_BYTES = 5 * 10**9
+
 ALIGNMENT = 64
 """Bytes at whose multiples JAX takes a host array as it is, on a CPU."""
-
-Index = tuple[slice, ...]
-
-
-class PretrainedError(ValueError):
-    """A published checkpoint that cannot be read or written; the message names the file or tensor and the mend."""
 
 
 def from_pretrained(
@@ -96,7 +75,7 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int =
     Raises PretrainedError where the folder holds a model already, and PublishedError where there is no published form.
     """
     folder = Path(folder)
-    if any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX)):
+    if holds_model(folder):
         raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
     fields = model.config.to_published()
     writer = Writer(folder, shard_bytes) if jax.process_index() == 0 else None
@@ -183,15 +162,6 @@ def layouts(model: Any, mesh: Mesh | None, rules: sharding.Rules | None) -> dict
     return by_path(sharding.shardings(model, mesh, rules or sharding.RULES))
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies."""
-
-    path: Path
-    offset: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
 class Tensors:
     """The tensors of a folder by their names in the class with a head; found, and not yet read."""
 
@@ -201,7 +171,7 @@ class Tensors:
         self.found: dict[str, Stored] = {}
         for path in weight_files(folder):
             for name, stored in stored_tensors(path).items():
-                if any(re.fullmatch(pattern, name) for pattern in layout.unused):
+                if any(re.fullmatch(pattern, name) for pattern in layout.ignored):
                     continue
                 full = name
                 for old, new in layout.renamed.items():
@@ -213,21 +183,9 @@ class Tensors:
                     )
                 self.found[full] = stored
 
-    def read(self, name: str) -> np.ndarray:
-        """A view of the file, whose pages leave memory with it."""
-        path, offset, dtype, shape = self.found[name]
-        if not math.prod(shape):
-            return np.zeros(shape, dtype)
-        start = offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
-        end = offset + math.prod(shape) * jax.numpy.dtype(dtype).itemsize
-        with path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), end - start, offset=start, **MAPPED)
-        return np.frombuffer(pages, dtype, math.prod(shape), offset - start).reshape(shape)
-
     def check(self, wanted: Mapping[str, tuple[int, ...]]) -> None:
         """Raises PretrainedError, with all names, unless the tensors are those wanted, in their shapes."""
-        constants = [re.compile(pattern) for pattern in self.layout.buffers]
-        names = {name for name in self.found if not any(constant.fullmatch(name) for constant in constants)}
+        names = self.found.keys()
         missing = sorted(wanted.keys() - names)
         left_over = sorted(names - wanted.keys() - self.layout.tied.keys())
         shapes = {name: self.found[name].shape for name in sorted(wanted.keys() & names)}
@@ -247,7 +205,7 @@ class Tensors:
                 f"{self.folder} does not hold the model that its config.json names; {'; '.join(told)}"
             )
         for name, own in self.layout.tied.items():
-            if name in names and not np.array_equal(self.read(name), self.read(own)):
+            if name in names and not np.array_equal(self.found[name].read(), self.found[own].read()):
                 raise PretrainedError(f"{self.folder}: {name} differs from {own}, and here they are one: no such model")
 
 
@@ -263,36 +221,14 @@ def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, S
         stored = str(jax.numpy.result_type(*{tensors.found[tensor.name].dtype for tensor in group.tensors}))
         buffers = {path: Shards(variable, dtype or stored, places[path]) for path, variable in group.variables.items()}
         for tensor in group.tensors:
-            for shards, part in zip(buffers.values(), group.parts(tensors.read(tensor.name)), strict=True):
+            for shards, part in zip(buffers.values(), group.parts(tensors.found[tensor.name].read()), strict=True):
                 shards.write(part, tensor.row)
         loaded |= {path: group.variables[path].replace(b.array(), stored=stored) for path, b in buffers.items()}
-    leaves, structure = jax.tree.flatten(model, is_leaf=sharding.is_variable)
-    if len(loaded) != len(leaves):
-        raise PretrainedError(
-            f"parameters without a published name: {', '.join(by_path(model).keys() - loaded.keys())}"
-        )
-    return jax.tree.unflatten(structure, [loaded[path] for path in by_path(model)])
-
-
-def stored_tensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one file. Its header is checked by safetensors, which admits no gap between them."""
-    try:
-        with safe_open(path, "numpy") as file:
-            slices = {name: file.get_slice(name) for name in file.offset_keys()}
-            found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
-    except SafetensorError as problem:
-        raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
-    with path.open("rb") as raw:
-        offset = 8 + int.from_bytes(raw.read(8), "little")
-    placed = {}
-    for name, (kind, shape) in found.items():
-        if kind not in STORED_DTYPES:
-            raise PretrainedError(
-                f"{path}: {name} has dtype {kind}, and those read here are {', '.join(STORED_DTYPES)}"
-            )
-        placed[name] = Stored(path, offset, STORED_DTYPES[kind], shape)
-        offset += math.prod(shape) * jax.numpy.dtype(STORED_DTYPES[kind]).itemsize
-    return placed
+    paths = list(by_path(model))
+    if nameless := set(paths) - loaded.keys():
+        raise PretrainedError(f"parameters without a published name: {', '.join(sorted(nameless))}")
+    structure = jax.tree.structure(model, is_leaf=sharding.is_variable)
+    return jax.tree.unflatten(structure, [loaded[path] for path in paths])
 
 
 class Shards:
@@ -300,18 +236,19 @@ class Shards:
 
     def __init__(self, variable: nnx.Variable, dtype: str, place: Sharding):
         self.shape, self.place = variable.shape, place
-        self.indices = place.addressable_devices_indices_map(self.shape)
         padded = variable.get_metadata().get("rows") is not None
-        self.buffers = {
-            str(index): (index, aligned(place.shard_shape(self.shape), jax.numpy.dtype(dtype), zero=padded))
-            for index in self.indices.values()
-            if index is not None
-        }
+        self.devices: dict[Any, str] = {}
+        self.buffers: dict[str, tuple[list[slice], np.ndarray]] = {}
+        for device, index in place.addressable_devices_indices_map(self.shape).items():
+            self.devices[device] = which = str(index)
+            if which not in self.buffers:
+                ends = [slice(*one.indices(size)) for one, size in zip(index or (), self.shape, strict=True)]
+                buffer = aligned(place.shard_shape(self.shape), jax.numpy.dtype(dtype), zero=padded)
+                self.buffers[which] = ends, buffer
 
     def write(self, value: np.ndarray, row: int | None) -> None:
         """Puts a parameter, or row `row` of a stacked one, where it belongs; what pads a vocabulary stays zero."""
         for index, buffer in self.buffers.values():
-            index = whole(index, self.shape)
             if row is not None:
                 rows, *index = index
                 if not rows.start <= row < rows.stop:
@@ -321,8 +258,8 @@ class Shards:
             buffer[tuple(slice(size) for size in part.shape)] = part
 
     def array(self) -> jax.Array:
-        places = {device: self.buffers[str(index)][1] for device, index in self.indices.items()}
-        shards = [jax.device_put(buffer, device, may_alias=True) for device, buffer in places.items()]
+        buffers = {device: self.buffers[which][1] for device, which in self.devices.items()}
+        shards = [jax.device_put(buffer, device, may_alias=True) for device, buffer in buffers.items()]
         return jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
 
 
@@ -336,11 +273,6 @@ def aligned(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool) -> np.ndarra
     return buffer
 
 
-def whole(index: Index, shape: tuple[int, ...]) -> list[slice]:
-    """An index with its ends written out."""
-    return [slice(*one.indices(size)) for one, size in zip(index, shape, strict=True)]
-
-
 def gathered(group: Group, tensor: Tensor) -> np.ndarray:
     """One published tensor, on every host, in the dtype that it was stored in."""
     parts = []
@@ -351,101 +283,3 @@ def gathered(group: Group, tensor: Tensor) -> np.ndarray:
         real = tuple(slice(size) for size in group.one_shape)
         parts.append(np.asarray(host)[real].astype(jax.numpy.dtype(stored)))
     return group.tensor(parts)
-
-
-class Writer:
-    """Writes tensors into one file, or into as many as their size asks, with an index; all under temporary names
-    until the last is whole, and config.json, without which there is no model, at the very end."""
-
-    def __init__(self, folder: Path, shard_bytes: int):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.shard_bytes = folder, shard_bytes
-        self.pending: dict[str, np.ndarray] = {}
-        self.files: list[tuple[Path, list[str]]] = []
-        self.bytes = 0
-
-    def add(self, name: str, value: np.ndarray) -> None:
-        if self.pending and sum(x.nbytes for x in self.pending.values()) + value.nbytes > self.shard_bytes:
-            self.flush()
-        self.pending[name] = value
-
-    def flush(self) -> None:
-        path = self.folder / f".writing-{len(self.files)}"
-        path.touch()
-        mode = path.stat().st_mode  # safetensors gives its file to the owner alone
-        save_file(self.pending, path, metadata={"format": "pt"})
-        path.chmod(mode)
-        self.bytes += sum(x.nbytes for x in self.pending.values())
-        self.files.append((path, list(self.pending)))
-        self.pending = {}
-
-    def finish(self, fields: Mapping[str, Any]) -> None:
-        self.flush()
-        names = {}
-        for number, (path, tensors) in enumerate(self.files, start=1):
-            file = WEIGHTS if len(self.files) == 1 else f"model-{number:05}-of-{len(self.files):05}.safetensors"
-            path.replace(self.folder / file)
-            names |= dict.fromkeys(tensors, file)
-        if len(self.files) > 1:
-            self.write(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": names})
-        self.write("config.json", fields)
-
-    def write(self, name: str, fields: Mapping[str, Any]) -> None:
-        temporary = self.folder / f".writing-{name}"
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")
-        temporary.replace(self.folder / name)
-
-
-def find(source: str | os.PathLike) -> Path:
-    """The folder of a model: the one named, or the cached copy of a hub model, downloaded where it is not there."""
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    if folder.exists() or not HUB_ID.fullmatch(str(source)):
-        raise PretrainedError(f"{source} is no folder: name the folder that holds config.json, or a model of the hub")
-    import huggingface_hub  # Only for what is not here.
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns, ignore_patterns="*/*"))
-    except (OSError, ValueError) as problem:
-        reason = str(problem).strip().splitlines()[0]
-        raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
-        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        if pickles:
-            raise PretrainedError(
-                f"{folder} has its weights in {pickles[0]} alone, a pickle, which can run any code when it is read: "
-                f"load it where you trust it, and write safetensors with save_pretrained"
-            )
-        raise PretrainedError(f"{folder} has neither {WEIGHTS} nor {INDEX}: there are no weights to read")
-    named = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise PretrainedError(f"{folder / INDEX} has no weight_map: fetch it again")
-    files = sorted({str(name) for name in named.values()})
-    for name in files:
-        if Path(name).name != name or not name.endswith(".safetensors"):
-            raise PretrainedError(
-                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder: refused"
-            )
-        if not (folder / name).exists():
-            raise PretrainedError(f"{folder / INDEX} names {name}, which is not there: fetch it")
-    return [folder / name for name in files]
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise PretrainedError(f"{path} is not there: a published model's folder holds one") from None
-    except ValueError as problem:
-        raise PretrainedError(f"{path} is no JSON ({problem}): fetch it again") from None
-    if not isinstance(fields, dict):
-        raise PretrainedError(f"{path} holds no object but a {type(fields).__name__}: fetch it again")
-    return fields

@@ -11,8 +11,8 @@ from flax import nnx
 from zoo import models, sharding
 from zoo.kernels import Mask, linear_cross_entropy
 from zoo.layers.linear import LayerError, Precision
+from zoo.layers.positions import SequenceError
 from zoo.models.bert import HEADS, Bert, BertConfig
-from zoo.models.gpt import SequenceError
 from zoo.models.published import PublishedError
 
 TINY = BertConfig(

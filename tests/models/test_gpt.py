@@ -10,7 +10,8 @@ from flax import nnx
 from zoo import models, sharding
 from zoo.kernels import Mask
 from zoo.layers.linear import Precision
-from zoo.models.gpt import GPT, GPTConfig, SequenceError
+from zoo.layers.positions import SequenceError
+from zoo.models.gpt import GPT, GPTConfig
 
 TINY = GPTConfig(vocab_size=200, max_length=32, num_layers=4, width=32, num_heads=4, windows=(None, 5))
 DROPPING = dataclasses.replace(TINY, windows=(5,), dropout=0.1)

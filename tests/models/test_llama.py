@@ -12,9 +12,8 @@ from flax import nnx
 from zoo import models, sharding
 from zoo.generation import generate
 from zoo.layers.linear import LayerError
-from zoo.layers.positions import LinearScaling, Llama3Scaling
+from zoo.layers.positions import LinearScaling, Llama3Scaling, SequenceError
 from zoo.models import published_config
-from zoo.models.gpt import SequenceError
 from zoo.models.llama import Llama, LlamaConfig
 from zoo.models.published import PublishedError
 from zoo.train.objectives import NextToken

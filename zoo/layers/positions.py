@@ -13,6 +13,19 @@ from zoo.layers.linear import Initializer, LayerError, Precision, normal
 from zoo.sharding import constrain
 
 
+class SequenceError(ValueError):
+    """A sequence that the model cannot take; the message names the lengths and the mend."""
+
+
+def check_length(length: int, longest: int) -> None:
+    """Raises SequenceError for a sequence of more tokens than the model has positions."""
+    if length > longest:
+        raise SequenceError(
+            f"a sequence of {length} tokens exceeds the model's max_length {longest}: "
+            f"cut it, or build the model with a larger max_length"
+        )
+
+
 class LearnedPositions(nnx.Module):
     """One vector for each of `max_length` positions (Gehring et al. 2017)."""
 

@@ -24,15 +24,16 @@ from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import ACTIVATIONS, FeedForward
 from zoo.layers.linear import Embed, Head, LayerError, Linear, Precision, check_sizes
 from zoo.layers.norms import LayerNorm
-from zoo.layers.positions import LearnedPositions
+from zoo.layers.positions import LearnedPositions, SequenceError, check_length
 from zoo.layers.transformer import Block, Stack
-from zoo.models.gpt import SequenceError
 from zoo.models.published import (
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     activation,
+    linear,
+    norm,
     number,
     published_activation,
     require,
@@ -313,21 +314,9 @@ class Bert(nnx.Module):
         self.next_sentence = scores(2) if kind.next_sentence else None
         self.classifier = scores(len(config.labels)) if kind.classifier else None
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        token_types: jax.Array | None = None,
-        real: jax.Array | None = None,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        key: jax.Array | None = None,
-    ) -> BertOutput:
+    def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any) -> BertOutput:
         """What the head says of tokens [B, T] int32. The arguments are those of `features`."""
-        hidden, pooled = self.features(
-            tokens, token_types=token_types, real=real, positions=positions, segments=segments, mask=mask, key=key
-        )
+        hidden, pooled = self.features(tokens, key=key, **arguments)
         *_, head_key = split(key, 3)
         logits = next_sentence = None
         if self.words is not None:
@@ -361,7 +350,9 @@ class Bert(nnx.Module):
         mask: restricts attention further.
         key: for dropout; None drops nothing.
         """
-        self._check(tokens, real, segments)
+        check_length(tokens.shape[1], self.config.max_length)
+        if real is not None and segments is not None:
+            raise SequenceError("real given with segments, which say it too: make segments 0 where a token only pads")
         positions = jnp.arange(tokens.shape[1])[None] if positions is None else positions
         token_types = jnp.zeros((1, tokens.shape[1]), jnp.int32) if token_types is None else token_types
         mask = (mask or Mask()) & Mask(segments=segments)
@@ -419,34 +410,13 @@ class Bert(nnx.Module):
         given = self.config.classifier_dropout
         return self.config.dropout if given is None else given
 
-    def _check(self, tokens: jax.Array, real: jax.Array | None, segments: jax.Array | None) -> None:
-        if tokens.shape[1] > self.config.max_length:
-            raise SequenceError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds the model's max_length {self.config.max_length}: "
-                f"cut it, or build the model with a larger max_length"
-            )
-        if real is not None and segments is not None:
-            raise SequenceError("real given with segments, which say it too: make segments 0 where a token only pads")
-
-
-def _linear(name: str, module: str, kernel: str, bias: str) -> tuple[Weight, Weight]:
-    """A projection, whose published kernel is [out, in]."""
-    return Weight(f"{name}.weight", (f"{module}.kernel",), kernel), Weight(f"{name}.bias", (f"{module}.bias",), bias)
-
-
-def _norm(name: str, module: str) -> tuple[Weight, Weight]:
-    name = f"{name}.LayerNorm"
-    return Weight(f"{name}.weight", (f"{module}.scale",), "d -> d"), Weight(
-        f"{name}.bias", (f"{module}.bias",), "d -> d"
-    )
-
 
 def _encoder() -> tuple[Weight, ...]:
     layer, block = "encoder.layer.{}", "stack.blocks.*"
     heads = [
         weight
         for part in ("query", "key", "value")
-        for weight in _linear(
+        for weight in linear(
             f"{layer}.attention.self.{part}", f"{block}.attention.{part}", "(n h) d -> d n h", "(n h) -> n h"
         )
     ]
@@ -454,13 +424,13 @@ def _encoder() -> tuple[Weight, ...]:
         Weight("embeddings.word_embeddings.weight", ("embed.table",), "v d -> v d"),
         Weight("embeddings.position_embeddings.weight", ("positions.table",), "t d -> t d"),
         Weight("embeddings.token_type_embeddings.weight", ("token_types.kernel",), "c d -> c d"),
-        *_norm("embeddings", "embed_norm"),
+        *norm("embeddings.LayerNorm", "embed_norm"),
         *heads,
-        *_linear(f"{layer}.attention.output.dense", f"{block}.attention.out", "d (n h) -> n h d", "d -> d"),
-        *_norm(f"{layer}.attention.output", f"{block}.attention_norm"),
-        *_linear(f"{layer}.intermediate.dense", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
-        *_linear(f"{layer}.output.dense", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
-        *_norm(f"{layer}.output", f"{block}.feedforward_norm"),
+        *linear(f"{layer}.attention.output.dense", f"{block}.attention.out", "d (n h) -> n h d", "d -> d"),
+        *norm(f"{layer}.attention.output.LayerNorm", f"{block}.attention_norm"),
+        *linear(f"{layer}.intermediate.dense", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
+        *linear(f"{layer}.output.dense", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
+        *norm(f"{layer}.output.LayerNorm", f"{block}.feedforward_norm"),
     )
 
 
@@ -469,7 +439,7 @@ def _layout(kind: HeadKind) -> Layout:
     prefix = "" if kind == HEADS["none"] else "bert."
     weights, tied, unused = list(_encoder()), {}, []
     if kind.pooler:
-        weights += _linear("pooler.dense", "pooler", "e d -> d e", "d -> d")
+        weights += linear("pooler.dense", "pooler", "e d -> d e", "d -> d")
     else:
         # Files of bert-base-uncased and many others hold what they were pretrained with; the class leaves it out.
         unused.append(r"bert\.pooler\.dense\.(weight|bias)")
@@ -477,8 +447,8 @@ def _layout(kind: HeadKind) -> Layout:
     if kind.words:
         weights += [
             Weight("cls.predictions.bias", ("words.bias",), "v -> v"),
-            *_linear("cls.predictions.transform.dense", "words.dense", "e d -> d e", "d -> d"),
-            *_norm("cls.predictions.transform", "words.norm"),
+            *linear("cls.predictions.transform.dense", "words.dense", "e d -> d e", "d -> d"),
+            *norm("cls.predictions.transform.LayerNorm", "words.norm"),
         ]
         tied = {
             "cls.predictions.decoder.weight": f"{prefix}embeddings.word_embeddings.weight",
@@ -487,17 +457,16 @@ def _layout(kind: HeadKind) -> Layout:
         if not kind.next_sentence:
             unused.append(r"cls\.seq_relationship\.(weight|bias)")
     if kind.next_sentence:
-        weights += _linear("cls.seq_relationship", "next_sentence", "c d -> d c", "c -> c")
+        weights += linear("cls.seq_relationship", "next_sentence", "c d -> d c", "c -> c")
     if kind.classifier:
         name = "qa_outputs" if kind == HEADS["question_answering"] else "classifier"
-        weights += _linear(name, "classifier", "c d -> d c", "c -> c")
+        weights += linear(name, "classifier", "c d -> d c", "c -> c")
     return Layout(
         tuple(weights),
         prefix=prefix,
         tied=tied,
-        buffers=(r"(bert\.)?embeddings\.position_ids",),
         renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
-        unused=tuple(unused),
+        ignored=(r"(bert\.)?embeddings\.position_ids", *unused),
     )
 
 

@@ -18,40 +18,36 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from zoo.kernels import Mask
-from zoo.layers.attention import KVCache, MultiHeadAttention
+from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import Embed, Head, LayerError, Precision, check_sizes, normal
+from zoo.layers.linear import Embed, Precision, normal
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
+from zoo.models.decoder import Decoder, DecoderConfig
 from zoo.models.published import (
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     activation,
+    linear,
+    norm,
     number,
     published_activation,
     require,
     size,
 )
-from zoo.sharding import constrain
-
-
-class SequenceError(ValueError):
-    """A sequence that the model cannot take; the message names the lengths and the mend."""
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(DecoderConfig):
     """A GPT's sizes; the defaults are GPT-2's smallest.
 
     max_length: positions.  head_dim, mlp_width: width / num_heads and 4 width where None.
@@ -78,31 +74,22 @@ class GPTConfig:
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        names = ("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_dim", "mlp_width")
-        sizes = {name: getattr(self, name) for name in names}
-        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
-        if not self.windows:
-            raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
-        check_sizes(**{f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None})
+        self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_dim", "mlp_width")
 
     def build(self, rngs: nnx.Rngs) -> "GPT":
         return GPT(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
-        """FLOPs of the forward pass of one example of shape (T,): matrix products alone, a multiply-add being two.
-
-        Scores that the mask removes are not counted: T^2 / 2 pairs in a dense layer, T W - W^2 / 2 in a band of W.
-        """
+        """FLOPs of the forward pass of one example of shape (T,), as DecoderConfig.flops counts them."""
         (length,) = shape
-        attention_width = self.num_heads * (self.head_dim or self.width // self.num_heads)
+        attention_width = self.num_heads * self.head_size
         weights = 4 * self.width * attention_width + 2 * self.width * (self.mlp_width or 4 * self.width)
-        flops = 2.0 * length * self.width * self.vocab_size
-        for window in self.windows:
-            band = min(window or length, length)
-            pairs = length * band - band**2 / 2
-            layers = self.num_layers // len(self.windows)
-            flops += layers * (2.0 * length * weights + 4.0 * pairs * attention_width)
-        return flops
+        return self.flops(length, weights)
+
+    @property
+    def attention_rate(self) -> float:
+        """Dropout of attention weights."""
+        return self.dropout if self.attention_dropout is None else self.attention_dropout
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "GPTConfig":
@@ -140,7 +127,6 @@ class GPTConfig:
             )
         if self.head_dim not in (None, self.width // self.num_heads):
             raise PublishedError(f"head_dim {self.head_dim}: GPT-2's published layout has width / num_heads alone")
-        attention_dropout = self.dropout if self.attention_dropout is None else self.attention_dropout
         return {
             "architectures": ["GPT2LMHeadModel"],
             "model_type": "gpt2",
@@ -154,26 +140,12 @@ class GPTConfig:
             "layer_norm_epsilon": self.norm_epsilon,
             "resid_pdrop": self.dropout,
             "embd_pdrop": self.dropout,
-            "attn_pdrop": attention_dropout,
+            "attn_pdrop": self.attention_rate,
             "tie_word_embeddings": True,
         } | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return GPT2
-
-
-class GPTOutput(NamedTuple):
-    """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
-
-    logits: jax.Array
-    cache: KVCache | None
-
-
-class GPTFeatures(NamedTuple):
-    """hidden: [B, T, D], after the last normalisation.  cache: the one given, with what this call appended."""
-
-    hidden: jax.Array
-    cache: KVCache | None
 
 
 def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
@@ -184,7 +156,7 @@ def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
         config.width,
         config.num_heads,
         head_dim=config.head_dim,
-        dropout=config.dropout if config.attention_dropout is None else config.attention_dropout,
+        dropout=config.attention_rate,
         **common,
     )
     mlp_width = config.mlp_width or 4 * config.width
@@ -193,7 +165,7 @@ def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
     return Block(attention, feedforward, norm, dropout=config.dropout)
 
 
-class GPT(nnx.Module):
+class GPT(Decoder):
     """Tokens [B, T] to logits [B, T, V].
 
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
@@ -212,128 +184,36 @@ class GPT(nnx.Module):
             rngs=rngs,
         )
         self.norm = LayerNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
+        self.unembed = None
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> GPTOutput:
-        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
-        hidden, cache = self.features(tokens, positions=positions, segments=segments, mask=mask, cache=cache, key=key)
-        return GPTOutput(self.logits(hidden)[..., : self.config.vocab_size], cache)
-
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
-        return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
-
-    def features(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> GPTFeatures:
-        """The final hidden states of tokens [B, T] int32.
-
-        positions: [B, T], of the table; counted from 0, or from the cache's lengths, unless given.
-        segments: [B, T], the document of each token of a packed row, 0 where there is none: tokens attend within their
-            document alone. Not with a cache.
-        mask: restricts attention further; it is causal in any case.
-        cache: of `init_cache`; tokens stand after what it holds.
-        key: for dropout; None drops nothing.
-        """
-        self._check(tokens, segments, cache)
-        start = 0 if cache is None else cache.lengths[0][:, None]
-        if positions is None:
-            positions = start + jnp.arange(tokens.shape[1])[None]
-        # Documents are contiguous, so that order and distance within one are those of the row: the mask compares
-        # indices, which kernels can skip blocks by, rather than positions that start again.
-        mask = (mask or Mask()) & Mask(causal=True, segments=segments)
-        masks = [mask if window is None else mask & Mask(window=window) for window in self.config.windows]
+    def embedded(
+        self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         embed_key, stack_key = split(key, 2)
-        x = dropout(self.embed(tokens) + self.positions(positions), self.config.dropout, embed_key)
-        x = constrain(x, "act_batch", "act_length", "act_embed")
-        x, cache = self.stack(x, masks=masks, cache=cache, key=stack_key)
-        return GPTFeatures(self.norm(x), cache)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = self.embed.attend(hidden)
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
-
-    def head(self) -> Head:
-        """What `logits` scores with: the embedding's table [D, V padded]."""
-        return self.embed.head()
-
-    def init_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache with room for `length` tokens a row."""
-        if length > self.config.max_length:
-            raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {self.config.max_length}")
-        return self.stack.init_cache(batch_size, length)
-
-    def _check(self, tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
-        if tokens.shape[1] > self.config.max_length:
-            raise SequenceError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds the model's max_length {self.config.max_length}: "
-                f"cut it, or build the model with a larger max_length"
-            )
-        if cache is not None and segments is not None:
-            raise SequenceError("segments given with a cache: a cached row is one document, so leave segments out")
+        x = self.embed(tokens) + self.positions(positions)
+        return dropout(x, self.config.dropout, embed_key), stack_key
 
 
-def _linear(name: str, module: str, kernel: str, bias: str) -> tuple[Weight, Weight]:
-    """A layer's projection, whose published kernel is [in, out] in GPT-2 alone; module may name three, side by side."""
-    modules = [f"stack.blocks.*.{m}" for m in module.split()]
-    return (
-        Weight(f"transformer.h.{{}}.{name}.weight", tuple(f"{m}.kernel" for m in modules), kernel),
-        Weight(f"transformer.h.{{}}.{name}.bias", tuple(f"{m}.bias" for m in modules), bias),
-    )
+_BLOCK = "stack.blocks.*"
+_QKV = tuple(f"{_BLOCK}.attention.{part}" for part in ("query", "key", "value"))
+_LAYER = "transformer.h.{}"
 
-
-def _norm(name: str, module: str) -> tuple[Weight, Weight]:
-    return (
-        Weight(f"transformer.{name}.weight", (f"{module}.scale",), "d -> d"),
-        Weight(f"transformer.{name}.bias", (f"{module}.bias",), "d -> d"),
-    )
-
-
+# Published kernels are [in, out], as in GPT-2 alone.
 GPT2 = Layout(
     (
         Weight("transformer.wte.weight", ("embed.table",), "v d -> v d"),
         Weight("transformer.wpe.weight", ("positions.table",), "t d -> t d"),
-        *_norm("h.{}.ln_1", "stack.blocks.*.attention_norm"),
-        *_linear(
-            "attn.c_attn",
-            "attention.query attention.key attention.value",
-            "d (part n h) -> part d n h",
-            "(part n h) -> part n h",
-        ),
-        *_linear("attn.c_proj", "attention.out", "(n h) d -> n h d", "d -> d"),
-        *_norm("h.{}.ln_2", "stack.blocks.*.feedforward_norm"),
-        *_linear("mlp.c_fc", "feedforward.up", "d f -> d f", "f -> f"),
-        *_linear("mlp.c_proj", "feedforward.down", "f d -> f d", "d -> d"),
-        *_norm("ln_f", "norm"),
+        *norm(f"{_LAYER}.ln_1", f"{_BLOCK}.attention_norm"),
+        *linear(f"{_LAYER}.attn.c_attn", _QKV, "d (part n h) -> part d n h", "(part n h) -> part n h"),
+        *linear(f"{_LAYER}.attn.c_proj", f"{_BLOCK}.attention.out", "(n h) d -> n h d", "d -> d"),
+        *norm(f"{_LAYER}.ln_2", f"{_BLOCK}.feedforward_norm"),
+        *linear(f"{_LAYER}.mlp.c_fc", f"{_BLOCK}.feedforward.up", "d f -> d f", "f -> f"),
+        *linear(f"{_LAYER}.mlp.c_proj", f"{_BLOCK}.feedforward.down", "f d -> f d", "d -> d"),
+        *norm("transformer.ln_f", "norm"),
     ),
     prefix="transformer.",
     tied={"lm_head.weight": "transformer.wte.weight"},
-    buffers=(r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",),
+    ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
 )
 
 

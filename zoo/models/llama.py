@@ -14,19 +14,17 @@ Initialisation is that of the published code: N(0, 0.02^2), biases 0, norms 1.
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
 from flax import nnx
 
-from zoo.kernels import Mask
-from zoo.layers.attention import KVCache, MultiHeadAttention
+from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import Embed, Head, LayerError, Precision, check_sizes
+from zoo.layers.linear import Embed, LayerError, Precision, check_sizes
 from zoo.layers.norms import RMSNorm
 from zoo.layers.positions import LinearScaling, Llama3Scaling, Rotary
 from zoo.layers.transformer import Block, Stack
-from zoo.models.gpt import SequenceError
+from zoo.models.decoder import Decoder, DecoderConfig
 from zoo.models.published import (
     Layout,
     PublishedError,
@@ -34,12 +32,13 @@ from zoo.models.published import (
     Weight,
     activation,
     flag,
+    linear,
+    norm,
     number,
     published_activation,
     require,
     size,
 )
-from zoo.sharding import constrain
 
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"bos_token_id": 1, "eos_token_id": 2}),
@@ -59,7 +58,7 @@ LONGEST_PERIOD = 8
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(DecoderConfig):
     """Sizes and parts of a Llama; the defaults are Llama 2 7B's.
 
     max_length: positions that it was trained for.  num_kv_heads, head_dim: num_heads and width / num_heads where None.
@@ -97,29 +96,12 @@ class LlamaConfig:
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        names = (
-            "vocab_size",
-            "max_length",
-            "num_layers",
-            "width",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "mlp_width",
-        )
-        sizes = {name: getattr(self, name) for name in names}
-        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
-        if not self.windows:
-            raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
-        check_sizes(**{f"windows[{i}]": window for i, window in enumerate(self.windows) if window is not None})
+        self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim")
+        check_sizes(mlp_width=self.mlp_width)
         if self.head_size % 2:
             raise LayerError(f"head_dim {self.head_size} is odd, and rotary positions turn pairs: choose an even one")
         if self.published not in CLASSES:
             raise LayerError(f"published {self.published!r} is unknown: choose one of {', '.join(CLASSES)}")
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.width // self.num_heads
 
     @property
     def kv_heads(self) -> int:
@@ -129,20 +111,10 @@ class LlamaConfig:
         return Llama(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
-        """FLOPs of the forward pass of one example of shape (T,): matrix products alone, a multiply-add being two.
-
-        Scores that the mask removes are not counted: T^2 / 2 pairs in a dense layer, T W - W^2 / 2 in a band of W.
-        """
+        """FLOPs of the forward pass of one example of shape (T,), as DecoderConfig.flops counts them."""
         (length,) = shape
-        attention_width = self.num_heads * self.head_size
-        weights = self.width * (2 * attention_width + 2 * self.kv_heads * self.head_size + 3 * self.mlp_width)
-        flops = 2.0 * length * self.width * self.vocab_size
-        for window in self.windows:
-            band = min(window or length, length)
-            pairs = length * band - band**2 / 2
-            layers = self.num_layers // len(self.windows)
-            flops += layers * (2.0 * length * weights + 4.0 * pairs * attention_width)
-        return flops
+        attention = 2 * (self.num_heads + self.kv_heads) * self.head_size
+        return self.flops(length, self.width * (attention + 3 * self.mlp_width))
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "LlamaConfig":
@@ -233,44 +205,38 @@ class LlamaConfig:
         }
 
     def published_layout(self) -> Layout:
-        projections = [
-            _projection(f"self_attn.{name}_proj", f"attention.{module}", kernel, vector, bias)
-            for name, module, kernel, vector, bias in (
-                ("q", "query", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
-                ("k", "key", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
-                ("v", "value", "(n h) d -> d n h", "(n h) -> n h", self.qkv_bias),
-                ("o", "out", "d (n h) -> n h d", "d -> d", self.out_bias),
-            )
-        ] + [
-            _projection(f"mlp.{name}_proj", f"feedforward.{name}", kernel)
-            for name, kernel in (("gate", "f d -> d f"), ("up", "f d -> d f"), ("down", "d f -> f d"))
+        layer, block = "model.layers.{}", "stack.blocks.*"
+        heads = "(n h) d -> d n h", "(n h) -> n h" if self.qkv_bias else None
+        layers = [
+            *norm(f"{layer}.input_layernorm", f"{block}.attention_norm", bias=False),
+            *linear(f"{layer}.self_attn.q_proj", f"{block}.attention.query", *heads),
+            *linear(f"{layer}.self_attn.k_proj", f"{block}.attention.key", *heads),
+            *linear(f"{layer}.self_attn.v_proj", f"{block}.attention.value", *heads),
+            *linear(
+                f"{layer}.self_attn.o_proj",
+                f"{block}.attention.out",
+                "d (n h) -> n h d",
+                "d -> d" if self.out_bias else None,
+            ),
+            *norm(f"{layer}.post_attention_layernorm", f"{block}.feedforward_norm", bias=False),
+            *linear(f"{layer}.mlp.gate_proj", f"{block}.feedforward.gate", "f d -> d f"),
+            *linear(f"{layer}.mlp.up_proj", f"{block}.feedforward.up", "f d -> d f"),
+            *linear(f"{layer}.mlp.down_proj", f"{block}.feedforward.down", "d f -> f d"),
         ]
-        norms = {"input_layernorm": "attention_norm", "post_attention_layernorm": "feedforward_norm"}
         if self.qk_norm:
-            norms |= {"self_attn.q_norm": "attention.query_norm", "self_attn.k_norm": "attention.key_norm"}
+            layers += norm(f"{layer}.self_attn.q_norm", f"{block}.attention.query_norm", bias=False)
+            layers += norm(f"{layer}.self_attn.k_norm", f"{block}.attention.key_norm", bias=False)
         return Layout(
             (
                 Weight("model.embed_tokens.weight", ("embed.table",), "v d -> v d"),
-                *(weight for weights in projections for weight in weights),
-                *(
-                    Weight(f"model.layers.{{}}.{name}.weight", (f"stack.blocks.*.{module}.scale",), "d -> d")
-                    for name, module in norms.items()
-                ),
-                Weight("model.norm.weight", ("norm.scale",), "d -> d"),
+                *layers,
+                *norm("model.norm", "norm", bias=False),
                 *(() if self.tied else (Weight("lm_head.weight", ("unembed.table",), "v d -> v d"),)),
             ),
             prefix="model.",
             tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
-            buffers=(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
+            ignored=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         )
-
-
-def _projection(name: str, module: str, kernel: str, vector: str = "", bias: bool = False) -> tuple[Weight, ...]:
-    """A layer's projection, whose published kernel is [out, in]."""
-    weights = (Weight(f"model.layers.{{}}.{name}.weight", (f"stack.blocks.*.{module}.kernel",), kernel),)
-    if bias:
-        weights += (Weight(f"model.layers.{{}}.{name}.bias", (f"stack.blocks.*.{module}.bias",), vector),)
-    return weights
 
 
 def _windows(fields: Mapping[str, Any], published: str) -> tuple[int | None, ...]:
@@ -369,20 +335,6 @@ def _rope_parameters(theta: float, scaling: LinearScaling | Llama3Scaling | None
     }
 
 
-class LlamaOutput(NamedTuple):
-    """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
-
-    logits: jax.Array
-    cache: KVCache | None
-
-
-class LlamaFeatures(NamedTuple):
-    """hidden: [B, T, D], after the last normalisation.  cache: the one given, with what this call appended."""
-
-    hidden: jax.Array
-    cache: KVCache | None
-
-
 def llama_block(config: LlamaConfig, *, rngs: nnx.Rngs) -> Block:
     """One layer of a Llama; called with mask=Mask(causal=True)."""
     common = {"rngs": rngs, "precision": config.precision}
@@ -405,7 +357,7 @@ def llama_block(config: LlamaConfig, *, rngs: nnx.Rngs) -> Block:
     return Block(attention, feedforward, partial(norm, config.width))
 
 
-class Llama(nnx.Module):
+class Llama(Decoder):
     """Tokens [B, T] to logits [B, T, V].
 
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
@@ -424,85 +376,6 @@ class Llama(nnx.Module):
         )
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
         self.unembed = None if config.tied else Embed(config.vocab_size, config.width, **common)
-
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> LlamaOutput:
-        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
-        hidden, cache = self.features(tokens, positions=positions, segments=segments, mask=mask, cache=cache, key=key)
-        return LlamaOutput(self.logits(hidden)[..., : self.config.vocab_size], cache)
-
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
-        return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
-
-    def features(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> LlamaFeatures:
-        """The final hidden states of tokens [B, T] int32.
-
-        positions: [B, T], for rotary positions; counted from 0, or from the cache's lengths, unless given.
-        segments: [B, T], the document of each token of a packed row, 0 where there is none: tokens attend within their
-            document alone. Not with a cache.
-        mask: restricts attention further; it is causal in any case.
-        cache: of `init_cache`; tokens stand after what it holds.
-        key: for dropout; None drops nothing.
-        """
-        self._check(tokens, segments, cache)
-        # Documents are contiguous, so that order and distance within one are those of the row: the mask compares
-        # indices, which kernels can skip blocks by, rather than positions that start again.
-        mask = (mask or Mask()) & Mask(causal=True, segments=segments)
-        masks = [mask if window is None else mask & Mask(window=window) for window in self.config.windows]
-        x = constrain(self.embed(tokens), "act_batch", "act_length", "act_embed")
-        x, cache = self.stack(x, masks=masks, cache=cache, positions=positions, key=key)
-        return LlamaFeatures(self.norm(x), cache)
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = (self.unembed or self.embed).attend(hidden)
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
-
-    def head(self) -> Head:
-        """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
-        return (self.unembed or self.embed).head()
-
-    def init_cache(self, batch_size: int, length: int) -> KVCache:
-        """An empty cache with room for `length` tokens a row."""
-        if length > self.config.max_length:
-            raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {self.config.max_length}")
-        return self.stack.init_cache(batch_size, length)
-
-    def _check(self, tokens: jax.Array, segments: jax.Array | None, cache: KVCache | None) -> None:
-        if tokens.shape[1] > self.config.max_length:
-            raise SequenceError(
-                f"a sequence of {tokens.shape[1]} tokens exceeds the model's max_length {self.config.max_length}: "
-                f"cut it, or build the model with a larger max_length"
-            )
-        if cache is not None and segments is not None:
-            raise SequenceError("segments given with a cache: a cached row is one document, so leave segments out")
 
 
 def _llama3(num_layers: int, width: int, num_heads: int, mlp_width: int, **others: Any) -> LlamaConfig:

@@ -6,7 +6,7 @@ The published layouts are those that Hugging Face transformers writes, for every
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVATIONS = {
@@ -52,24 +52,37 @@ class Weight:
         return dict(zip(axes, shape, strict=True))
 
 
+def linear(name: str, modules: str | tuple[str, ...], kernel: str, bias: str | None = None) -> tuple[Weight, ...]:
+    """The tensors of one projection, or of several in one tensor, by the layouts of kernel and bias (None: none)."""
+    modules = (modules,) if isinstance(modules, str) else modules
+    weights = (Weight(f"{name}.weight", tuple(f"{module}.kernel" for module in modules), kernel),)
+    if bias is not None:
+        weights += (Weight(f"{name}.bias", tuple(f"{module}.bias" for module in modules), bias),)
+    return weights
+
+
+def norm(name: str, module: str, *, bias: bool = True) -> tuple[Weight, ...]:
+    """The tensors of one normalisation."""
+    weights = (Weight(f"{name}.weight", (f"{module}.scale",), "d -> d"),)
+    return (*weights, Weight(f"{name}.bias", (f"{module}.bias",), "d -> d")) if bias else weights
+
+
 @dataclass(frozen=True)
 class Layout:
     """All tensors of a published class.
 
     prefix: what the names of the class with a head begin with; files of the class without one leave it out.
     tied: names that some files have for a tensor a second time, and the tensor's own.
-    buffers: regular expressions of names that are constants of the torch module and no parameters.
     renamed: how names ended in older files, and how they end now.
-    unused: regular expressions of names, as they stand in a file, of what files hold besides: parameters of another
-        head than the class has, which leaves them out.
+    ignored: regular expressions of names, as they stand in a file, of what files hold besides: constants of the torch
+        module, and parameters of another head than the class has.
     """
 
     weights: tuple[Weight, ...]
     prefix: str = ""
     tied: Mapping[str, str] = field(default_factory=dict)
-    buffers: tuple[str, ...] = ()
     renamed: Mapping[str, str] = field(default_factory=dict)
-    unused: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,13 +98,12 @@ class SpecialTokens:
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
-        eos = fields.get("eos_token_id")
-        found = cls(fields.get("bos_token_id"), tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
-        found = replace(found, pad=fields.get("pad_token_id"))
-        for token in (found.bos, found.pad, *found.eos):
+        bos, eos, pad = (fields.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        for token in (bos, pad, *ends):
             if token is not None and not isinstance(token, int):
                 raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
-        return found
+        return cls(bos, ends, pad)
 
     def to_published(self) -> dict[str, Any]:
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None

@@ -1,0 +1,165 @@
+"""What decoder-only families share: a causal stack between an embedding and a head, with a cache.
+
+A family is a config, which takes DecoderConfig's methods, and a module, which fills in Decoder's parts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.kernels import Mask
+from zoo.layers.attention import KVCache
+from zoo.layers.linear import Embed, Head, LayerError, check_sizes
+from zoo.layers.positions import SequenceError, check_length
+from zoo.layers.transformer import Stack
+from zoo.sharding import constrain
+
+
+class DecoderConfig:
+    """Methods of a frozen dataclass that has these fields."""
+
+    vocab_size: int
+    max_length: int
+    num_layers: int
+    width: int
+    num_heads: int
+    head_dim: int | None
+    windows: tuple[int | None, ...]
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.width // self.num_heads
+
+    def check_sizes(self, *names: str) -> None:
+        """Raises LayerError unless the fields named, where they are not None, and the windows are sizes."""
+        sizes = {name: getattr(self, name) for name in names}
+        sizes |= {f"windows[{i}]": window for i, window in enumerate(self.windows)}
+        if not self.windows:
+            raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
+        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
+
+    def flops(self, length: int, weights: int) -> float:
+        """FLOPs of a forward pass over `length` tokens through layers of `weights` parameters in matrices, and a head.
+
+        Matrix products alone, a multiply-add being two. Scores that the mask removes are not counted: T^2 / 2 pairs in
+        a dense layer, T W - W^2 / 2 in a band of W.
+        """
+        flops = 2.0 * length * self.width * self.vocab_size
+        for window in self.windows:
+            band = min(window or length, length)
+            pairs = length * band - band**2 / 2
+            layers = self.num_layers // len(self.windows)
+            flops += layers * (2.0 * length * weights + 4.0 * pairs * self.num_heads * self.head_size)
+        return flops
+
+
+class DecoderOutput(NamedTuple):
+    """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
+
+    logits: jax.Array
+    cache: KVCache | None
+
+
+class DecoderFeatures(NamedTuple):
+    """hidden: [B, T, D], after the last normalisation.  cache: the one given, with what this call appended."""
+
+    hidden: jax.Array
+    cache: KVCache | None
+
+
+class Decoder(nnx.Module):
+    """Tokens [B, T] to logits [B, T, V].
+
+    A family sets `config`, `embed`, `stack`, `norm`, and `unembed`, which is None where the embedding scores too.
+    Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
+    """
+
+    config: Any
+    embed: Embed
+    stack: Stack
+    norm: nnx.Module
+    unembed: Embed | None
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> DecoderOutput:
+        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
+        hidden, cache = self.features(tokens, positions=positions, segments=segments, mask=mask, cache=cache, key=key)
+        return DecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache)
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
+        return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+        key: jax.Array | None = None,
+    ) -> DecoderFeatures:
+        """The final hidden states of tokens [B, T] int32.
+
+        positions: [B, T], learned or rotary; counted from 0, or from the cache's lengths, unless given.
+        segments: [B, T], the document of each token of a packed row, 0 where there is none: tokens attend within their
+            document alone. Not with a cache.
+        mask: restricts attention further; it is causal in any case.
+        cache: of `init_cache`; tokens stand after what it holds.
+        key: for dropout; None drops nothing.
+        """
+        check_length(tokens.shape[1], self.config.max_length)
+        if cache is not None and segments is not None:
+            raise SequenceError("segments given with a cache: a cached row is one document, so leave segments out")
+        start = 0 if cache is None else cache.lengths[0][:, None]
+        if positions is None:
+            positions = start + jnp.arange(tokens.shape[1])[None]
+        # Documents are contiguous, so that order and distance within one are those of the row: the mask compares
+        # indices, which kernels can skip blocks by, rather than positions that start again.
+        mask = (mask or Mask()) & Mask(causal=True, segments=segments)
+        masks = [mask if window is None else mask & Mask(window=window) for window in self.config.windows]
+        x, key = self.embedded(tokens, positions, key)
+        x = constrain(x, "act_batch", "act_length", "act_embed")
+        x, cache = self.stack(x, masks=masks, cache=cache, positions=positions, key=key)
+        return DecoderFeatures(self.norm(x), cache)
+
+    def embedded(
+        self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
+        """What enters the stack, [B, T, D], and the key that is left for it."""
+        return self.embed(tokens), key
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
+        logits = (self.unembed or self.embed).attend(hidden)
+        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
+        return constrain(logits, *leading, "act_vocab")
+
+    def head(self) -> Head:
+        """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
+        return (self.unembed or self.embed).head()
+
+    def init_cache(self, batch_size: int, length: int) -> KVCache:
+        """An empty cache with room for `length` tokens a row."""
+        if length > self.config.max_length:
+            raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {self.config.max_length}")
+        return self.stack.init_cache(batch_size, length)

@@ -1,0 +1,188 @@
+"""The folder of a published model: where it is, its tensors as they lie, and how one is written.
+
+Weights come from safetensors alone, and from the folder that was named alone.
+"""
+
+import json
+import math
+import mmap
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+STORED_DTYPES = FLOATS | {
+    "I64": "int64",
+    "I32": "int32",
+    "I16": "int16",
+    "I8": "int8",
+    "U64": "uint64",
+    "U32": "uint32",
+    "U16": "uint16",
+    "U8": "uint8",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+}
+# All pages at once, where the system can: asked for one by one they cost as much as the copy.
+MAPPED: dict[str, int] = (
+    {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
+    if hasattr(mmap, "MAP_POPULATE")
+    else {"access": mmap.ACCESS_READ}
+)
+
+
+class PretrainedError(ValueError):
+    """A published checkpoint that cannot be read or written; the message names the file or tensor and the mend."""
+
+
+def find(source: str | os.PathLike) -> Path:
+    """The folder of a model: the one named, or the cached copy of a hub model, downloaded where it is not there."""
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or not HUB_ID.fullmatch(str(source)):
+        raise PretrainedError(f"{source} is no folder: name the folder that holds config.json, or a model of the hub")
+    import huggingface_hub  # Only for what is not here.
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns, ignore_patterns="*/*"))
+    except (OSError, ValueError) as problem:
+        reason = str(problem).strip().splitlines()[0]
+        raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index names."""
+    if (folder / WEIGHTS).exists():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).exists():
+        pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+        if pickles:
+            raise PretrainedError(
+                f"{folder} has its weights in {pickles[0]} alone, a pickle, which can run any code when it is read: "
+                f"load it where you trust it, and write safetensors with save_pretrained"
+            )
+        raise PretrainedError(f"{folder} has neither {WEIGHTS} nor {INDEX}: there are no weights to read")
+    named = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(named, dict) or not named:
+        raise PretrainedError(f"{folder / INDEX} has no weight_map: fetch it again")
+    files = sorted({str(name) for name in named.values()})
+    for name in files:
+        if Path(name).name != name or not name.endswith(".safetensors"):
+            raise PretrainedError(
+                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder: refused"
+            )
+        if not (folder / name).exists():
+            raise PretrainedError(f"{folder / INDEX} names {name}, which is not there: fetch it")
+    return [folder / name for name in files]
+
+
+def holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        fields = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise PretrainedError(f"{path} is not there: a published model's folder holds one") from None
+    except ValueError as problem:
+        raise PretrainedError(f"{path} is no JSON ({problem}): fetch it again") from None
+    if not isinstance(fields, dict):
+        raise PretrainedError(f"{path} holds no object but a {type(fields).__name__}: fetch it again")
+    return fields
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
+    dtype: str
+    shape: tuple[int, ...]
+
+    def read(self) -> np.ndarray:
+        """A view of the file, whose pages leave memory with it."""
+        if not math.prod(self.shape):
+            return np.zeros(self.shape, self.dtype)
+        start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
+        end = self.offset + math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
+        with self.path.open("rb") as file:
+            pages = mmap.mmap(file.fileno(), end - start, offset=start, **MAPPED)
+        return np.frombuffer(pages, self.dtype, math.prod(self.shape), self.offset - start).reshape(self.shape)
+
+
+def stored_tensors(path: Path) -> dict[str, Stored]:
+    """The tensors of one file. Its header is checked by safetensors, which admits no gap between them."""
+    try:
+        with safe_open(path, "numpy") as file:
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            found = {name: (x.get_dtype(), tuple(x.get_shape())) for name, x in slices.items()}
+    except SafetensorError as problem:
+        raise PretrainedError(f"{path} is no whole safetensors file ({problem}): fetch it again") from None
+    with path.open("rb") as raw:
+        offset = 8 + int.from_bytes(raw.read(8), "little")
+    placed = {}
+    for name, (kind, shape) in found.items():
+        if kind not in STORED_DTYPES:
+            raise PretrainedError(
+                f"{path}: {name} has dtype {kind}, and those read here are {', '.join(STORED_DTYPES)}"
+            )
+        placed[name] = Stored(path, offset, STORED_DTYPES[kind], shape)
+        offset += math.prod(shape) * jax.numpy.dtype(STORED_DTYPES[kind]).itemsize
+    return placed
+
+
+class Writer:
+    """Writes tensors into one file, or into as many as their size asks, with an index; all under temporary names
+    until the last is whole, and config.json, without which there is no model, at the very end."""
+
+    def __init__(self, folder: Path, shard_bytes: int):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.shard_bytes = folder, shard_bytes
+        self.pending: dict[str, np.ndarray] = {}
+        self.files: list[tuple[Path, list[str]]] = []
+        self.bytes = 0
+
+    def add(self, name: str, value: np.ndarray) -> None:
+        if self.pending and sum(x.nbytes for x in self.pending.values()) + value.nbytes > self.shard_bytes:
+            self.flush()
+        self.pending[name] = value
+
+    def flush(self) -> None:
+        path = self.folder / f".writing-{len(self.files)}"
+        path.touch()
+        mode = path.stat().st_mode  # safetensors gives its file to the owner alone
+        save_file(self.pending, path, metadata={"format": "pt"})
+        path.chmod(mode)
+        self.bytes += sum(x.nbytes for x in self.pending.values())
+        self.files.append((path, list(self.pending)))
+        self.pending = {}
+
+    def finish(self, fields: Mapping[str, Any]) -> None:
+        self.flush()
+        names = {}
+        for number, (path, tensors) in enumerate(self.files, start=1):
+            file = WEIGHTS if len(self.files) == 1 else f"model-{number:05}-of-{len(self.files):05}.safetensors"
+            path.replace(self.folder / file)
+            names |= dict.fromkeys(tensors, file)
+        if len(self.files) > 1:
+            self.write(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": names})
+        self.write("config.json", fields)
+
+    def write(self, name: str, fields: Mapping[str, Any]) -> None:
+        temporary = self.folder / f".writing-{name}"
+        temporary.write_text(json.dumps(fields, indent=2) + "\n")
+        temporary.replace(self.folder / name)
