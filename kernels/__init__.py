@@ -11,6 +11,7 @@ from zoo.kernels.cross_entropy import LossError, linear_cross_entropy
 from zoo.kernels.dispatch import Candidate, attention, explain
 from zoo.kernels.mask import AttentionError, Mask
 from zoo.kernels.problem import AttentionOutput
+from zoo.kernels.reference import attention_weights
 
 __all__ = [
     "AttentionError",
@@ -20,6 +21,7 @@ __all__ = [
     "LossError",
     "Mask",
     "attention",
+    "attention_weights",
     "explain",
     "linear_cross_entropy",
 ]

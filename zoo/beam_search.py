@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.generation import GenerationError, check_request, laid_out, power_of_two, stops
+from zoo.generation import GenerationError, Padded, check_request, laid_out, padded_rows, power_of_two, read, stops
 from zoo.sharding import constrain
 
 
@@ -59,8 +59,8 @@ class State(NamedTuple):
 @partial(jax.jit, static_argnames=("slots", "num_beams", "room", "early"))
 def _search(
     model: Any,
-    prompts: jax.Array,
-    lengths: jax.Array,
+    prompts: Padded,
+    sources: Padded | None,
     steps: jax.Array,
     stop_tokens: jax.Array,
     penalty: jax.Array,
@@ -70,16 +70,15 @@ def _search(
     room: int,
     early: bool,
 ) -> Hypotheses:
-    """Continues prompts [B, P], of which lengths [B] are real, by up to `steps` tokens; `room` is the tokens' S."""
-    batch_size = len(prompts)
-    hidden, cache = model.features(prompts, cache=model.init_cache(batch_size, slots))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    """Continues prompts by up to `steps` tokens; `room` is the S of what follows them."""
+    batch_size = len(prompts.tokens)
+    last, cache = read(model, prompts, sources, slots)
     rows = jnp.repeat(jnp.arange(batch_size), num_beams)
     shape = (batch_size, num_beams)
     none = Hypotheses(jnp.zeros((*shape, room), jnp.int32), jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf))
     # All beams are alike at first: the continuations of one compete.
     first = none._replace(scores=none.scores.at[:, 0].set(0.0))
-    state = State(first, none, jnp.ones(batch_size, bool), cache.cut(lengths).rows(rows))
+    state = State(first, none, jnp.ones(batch_size, bool), cache.cut(prompts.lengths).rows(rows))
     grow = partial(_grow, stop_tokens=stop_tokens, steps=steps, penalty=penalty, early=early)
 
     def unfinished(state: State) -> jax.Array:
@@ -88,8 +87,8 @@ def _search(
     def step(state: State) -> State:
         tokens, length = state.running.tokens, state.running.lengths[0, 0]
         newest = jax.lax.dynamic_index_in_dim(tokens, length - 1, axis=2).reshape(-1, 1)
-        hidden, cache = model.features(newest, cache=state.cache)
-        return grow(state._replace(cache=cache), model.logits(hidden[:, 0]))
+        features = model.features(newest, cache=state.cache)
+        return grow(state._replace(cache=features.cache), model.logits(features.hidden[:, 0]))
 
     state = grow(state, model.logits(last)[rows])
     ended = jax.lax.while_loop(unfinished, step, state).ended
@@ -135,8 +134,9 @@ def _grow(
 
 def beam_search(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | None = None,
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     num_beams: int = 4,
     max_new_tokens: int = 128,
     length_penalty: float = 1.0,
@@ -149,19 +149,19 @@ def beam_search(
     early_stopping: end with a prompt as soon as num_beams continuations have ended; else when none that is running
         looks better, at its present length, than the worst of those.
     stop_tokens: any of them ends a continuation; None: those of the model's config.
-    Models are those that `generate` takes. Raises GenerationError.
+    Models and sources are those that `generate` takes. Raises GenerationError.
     """
-    check_request(model.config, prompts, max_new_tokens)
+    prompts = check_request(model, prompts, sources, max_new_tokens)
     if not 1 <= num_beams <= model.config.vocab_size:
         raise GenerationError(f"num_beams {num_beams} is not within 1 and the vocabulary's {model.config.vocab_size}")
     if not np.isfinite(length_penalty):
         raise GenerationError(f"length_penalty {length_penalty} is no finite number: 1 compares means, 0 sums")
-    padded, lengths, slots = laid_out(model.config, prompts, max_new_tokens)
+    padded, slots = laid_out(model.config, prompts, max_new_tokens)
     stop_array = stops(model.config, stop_tokens)
     found = _search(
         model,
         padded,
-        lengths,
+        None if sources is None else padded_rows(sources, model.config.max_length),
         np.int32(max_new_tokens),
         stop_array,
         np.float32(length_penalty),

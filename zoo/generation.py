@@ -1,9 +1,10 @@
 """Decoding token by token with a cache: greedy or sampled, batched, streamed, and compiled once.
 
 Works with any model that has `features(tokens, cache=)`, `logits(hidden)`, `init_cache(batch_size, length)` and
-`config.max_length`, `config.vocab_size`, `config.special_tokens` (see zoo.models.gpt). Prompts of different length
-share a batch: each row stands left-aligned and has its own length, the cache's slots behind it are overwritten as the
-row grows.
+`config.max_length`, `config.vocab_size`, `config.special_tokens` (see zoo.models.decoder), and with those that read a
+source first: `encode(sources, segments=)`, and `init_cache(encoded, length)` (see zoo.models.encoder_decoder). Prompts
+of different length share a batch: each row stands left-aligned and has its own length, the cache's slots behind it are
+overwritten as the row grows.
 """
 
 import math
@@ -88,24 +89,42 @@ class State(NamedTuple):
     cache: Any
 
 
+class Padded(NamedTuple):
+    """tokens: [B, P], rows padded on the right to one length.  lengths: [B], how many of each row are real."""
+
+    tokens: Any
+    lengths: Any
+
+
 @partial(jax.jit, static_argnames=("slots",))
 def _prefill(
     model: Any,
-    prompts: jax.Array,
-    lengths: jax.Array,
+    prompts: Padded,
+    sources: Padded | None,
     sampling: Sampling | None,
     stop_tokens: jax.Array,
     key: jax.Array,
     *,
     slots: int,
 ) -> State:
-    """Runs prompts [B, P], of which lengths [B] are real, through the model, and appends the first new token."""
-    batch_size, padded = prompts.shape
-    hidden, cache = model.features(prompts, cache=model.init_cache(batch_size, slots))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    tokens = jnp.pad(prompts, ((0, 0), (0, slots - padded)))
-    state = State(tokens, lengths, jnp.zeros(batch_size, bool), cache)
+    """Runs sources and prompts through the model, and appends the first new token."""
+    tokens, lengths = prompts
+    last, cache = read(model, prompts, sources, slots)
+    tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
+    state = State(tokens, lengths, jnp.zeros(len(tokens), bool), cache)
     return _readable(_append(state, model.logits(last), sampling, stop_tokens, key))
+
+
+def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tuple[jax.Array, Any]:
+    """The state [B, D] of each prompt's last token, and a cache that holds all of `prompts`, its padding included."""
+    if sources is None:
+        cache = model.init_cache(len(prompts.tokens), slots)
+    else:
+        real = jnp.arange(sources.tokens.shape[1]) < sources.lengths[:, None]
+        cache = model.init_cache(model.encode(sources.tokens, segments=real), slots)
+    features = model.features(prompts.tokens, cache=cache)
+    last = jnp.take_along_axis(features.hidden, (prompts.lengths - 1)[:, None, None], axis=1)[:, 0]
+    return last, features.cache
 
 
 @partial(jax.jit, donate_argnames=("state",))
@@ -120,8 +139,9 @@ def _decode(
     def step(carry: tuple[jax.Array, State]) -> tuple[jax.Array, State]:
         count, state = carry
         last = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
-        hidden, cache = model.features(last, cache=state.cache)
-        state = _append(state._replace(cache=cache), model.logits(hidden[:, 0]), sampling, stop_tokens, key)
+        features = model.features(last, cache=state.cache)
+        state = state._replace(cache=features.cache)
+        state = _append(state, model.logits(features.hidden[:, 0]), sampling, stop_tokens, key)
         return count + 1, state
 
     return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
@@ -158,8 +178,9 @@ def _append(
 
 def generate(
     model: Any,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]] | None = None,
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_k: int | None = None,
@@ -170,6 +191,8 @@ def generate(
 ) -> Generation:
     """Continues each prompt (token ids, at least one) by up to max_new_tokens; see Sampling for the distribution.
 
+    sources: what a model with an encoder reads, one for each prompt; its prompts are what the decoder begins with, the
+        start token of the model's config unless given.
     stop_tokens: any of them ends a row; None: those of the model's config, which a published model has.
     key: needed where temperature is above 0. The same key, prompts and options give the same tokens.
     callback: called as callback(row, token) for every new token as soon as it is there; stop tokens are not passed.
@@ -177,29 +200,30 @@ def generate(
     Raises GenerationError.
     """
     sampling = Sampling(temperature, top_k, top_p)
-    check_request(model.config, prompts, max_new_tokens)
+    prompts = check_request(model, prompts, sources, max_new_tokens)
     sampling.check(model.config.vocab_size)
     if temperature > 0 and key is None:
         raise GenerationError(f"temperature {temperature} draws at random: give a key, or temperature 0")
-    padded, lengths, slots = laid_out(model.config, prompts, max_new_tokens)
+    padded, slots = laid_out(model.config, prompts, max_new_tokens)
     options = (
         sampling if temperature > 0 else None,
         stops(model.config, stop_tokens),
         jax.random.key(0) if key is None else key,
     )
 
-    state = _prefill(model, padded, lengths, *options, slots=slots)
+    padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
+    state = _prefill(model, padded, padded_sources, *options, slots=slots)
     if callback is None:
         state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
     else:
-        seen = _emit(state, lengths, callback)
+        seen = _emit(state, padded.lengths, callback)
         for _ in range(max_new_tokens - 1):
             if state.done.all():
                 break
             state = _decode(model, state, np.int32(1), *options)
             seen = _emit(state, seen, callback)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
-    made = [tokens[row, lengths[row] : ends[row]].tolist() for row in range(len(prompts))]
+    made = [tokens[row, padded.lengths[row] : ends[row]].tolist() for row in range(len(prompts))]
     return Generation(made, np.asarray(state.done).tolist())
 
 
@@ -217,15 +241,21 @@ def power_of_two(length: int) -> int:
     return max(SHORTEST, 1 << (length - 1).bit_length())
 
 
-def laid_out(config: Any, prompts: Sequence[Sequence[int]], new: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Prompts [B, P] padded on the right, the length of each [B], and the slots of a cache for them and `new` more."""
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    longest = int(lengths.max())
-    slots = min(power_of_two(longest + new), config.max_length)
-    padded = np.zeros((len(prompts), min(power_of_two(longest), slots)), np.int32)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = prompt
-    return padded, lengths, slots
+def padded_rows(rows: Sequence[Sequence[int]], longest: int | None) -> Padded:
+    """Rows in one array, of `longest` tokens at most, which no row has more than."""
+    lengths = np.array([len(row) for row in rows], np.int32)
+    length = power_of_two(int(lengths.max()))
+    tokens = np.zeros((len(rows), length if longest is None else min(length, longest)), np.int32)
+    for padded, row in zip(tokens, rows, strict=True):
+        padded[: len(row)] = row
+    return Padded(tokens, lengths)
+
+
+def laid_out(config: Any, prompts: Sequence[Sequence[int]], new: int) -> tuple[Padded, int]:
+    """Prompts in one array, and the slots of a cache for them and `new` tokens more."""
+    slots = power_of_two(max(map(len, prompts)) + new)
+    slots = slots if config.max_length is None else min(slots, config.max_length)
+    return padded_rows(prompts, slots), slots
 
 
 def stops(config: Any, stop_tokens: Sequence[int] | None) -> jax.Array:
@@ -233,23 +263,49 @@ def stops(config: Any, stop_tokens: Sequence[int] | None) -> jax.Array:
     return jnp.asarray(config.special_tokens.eos if stop_tokens is None else stop_tokens, jnp.int32)
 
 
-def check_request(config: Any, prompts: Sequence[Sequence[int]], new: int) -> None:
-    """Raises GenerationError for prompts that the model cannot continue by `new` tokens."""
-    if not prompts:
-        raise GenerationError("no prompts given: give at least one")
+def check_request(
+    model: Any, prompts: Sequence[Sequence[int]] | None, sources: Sequence[Sequence[int]] | None, new: int
+) -> Sequence[Sequence[int]]:
+    """The prompts; raises GenerationError where there are none that the model can continue by `new` tokens."""
+    config = model.config
+    if (sources is not None) != hasattr(model, "encode"):
+        raise GenerationError(
+            "sources given to a model without an encoder: give prompts"
+            if sources is not None
+            else "no sources given to a model with an encoder: give what it reads as sources=, one for each row"
+        )
+    if sources is not None:
+        _check_rows("source", config, sources, 0)
+        start = config.special_tokens.start
+        if prompts is None and start is None:
+            raise GenerationError(
+                "the model's config names no start token: give prompts, what each decoder begins with"
+            )
+        prompts = [[start]] * len(sources) if prompts is None else prompts
+        if len(prompts) != len(sources):
+            raise GenerationError(f"{len(prompts)} prompts for {len(sources)} sources: give as many of both")
     if new < 1:
         raise GenerationError(f"max_new_tokens {new} is below 1: ask for at least one")
-    for row, prompt in enumerate(prompts):
-        length, longest = len(prompt), config.max_length
+    _check_rows("prompt", config, prompts or (), new)
+    return prompts or ()
+
+
+def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int) -> None:
+    if not rows:
+        raise GenerationError(f"no {kind}s given: give at least one")
+    for row, tokens in enumerate(rows):
+        length, longest = len(tokens), config.max_length
         if not length:
-            raise GenerationError(f"prompt {row} is empty: give at least one token, such as the end of a text")
-        if length + new > longest:
+            raise GenerationError(f"{kind} {row} is empty: give at least one token, such as the end of a text")
+        if longest is not None and length + new > longest:
+            beyond = f" and {new} new ones make {length + new}" if new else ""
+            mend = f" or ask for at most {max(longest - length, 0)}" if new else ""
             raise GenerationError(
-                f"prompt {row} has {length} tokens and {new} new ones make {length + new}, more than the model's "
-                f"max_length {longest}: shorten the prompt or ask for at most {max(longest - length, 0)}"
+                f"{kind} {row} has {length} tokens{beyond}, more than the model's max_length {longest}: "
+                f"shorten the {kind}{mend}"
             )
-        unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
+        unknown = [token for token in tokens if not 0 <= token < config.vocab_size]
         if unknown:
             raise GenerationError(
-                f"prompt {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
+                f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
             )

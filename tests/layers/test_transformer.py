@@ -142,3 +142,46 @@ def test_what_cannot_be_built_or_run_is_refused() -> None:
         make_stack(num_layers=3, period=2)
     with pytest.raises(LayerError, match="remat 'all' is unknown: choose one of none"):
         make_stack(remat="all")
+
+
+@pytest.mark.parametrize("period", [1, 2])
+def test_intermediates_are_what_each_layer_gets_and_weighs(period) -> None:
+    stack = make_stack(period=period, cross=True)
+
+    @jax.jit
+    def one_by_one(stack: Stack) -> tuple[list, list, list]:
+        x, hidden, own, cross = X, [X], [], []
+        for index in range(stack.num_layers):
+            x, _, a, c = layer(stack, index)(x, mask=CAUSAL, context=CONTEXT, return_weights=True)
+            hidden, own, cross = [*hidden, x], [*own, a], [*cross, c]
+        return hidden, own, cross
+
+    out = jax.jit(lambda s: s(X, masks=[CAUSAL] * period, context=CONTEXT, return_intermediates=True))(stack)
+    for found, wanted in zip(out.intermediates, one_by_one(stack), strict=True):
+        np.testing.assert_allclose(found, np.stack(wanted), atol=1e-5)
+    assert not np.triu(out.intermediates.attention, 1).any()
+    np.testing.assert_allclose(out.intermediates.attention.sum(-1), 1, atol=1e-6)
+
+
+def test_attention_weights_are_those_of_the_values() -> None:
+    block = jax.jit(lambda: make_block(nnx.Rngs(3)))()
+    out = jax.jit(lambda a: a(X, mask=CAUSAL, return_weights=True))(block.attention)
+    heads = jnp.einsum("bnts,bsnh->btnh", out.weights, block.attention.value(X))
+    np.testing.assert_allclose(out.output, block.attention.out(heads), atol=1e-5)
+
+
+def test_intermediates_cost_nothing_where_they_are_not_asked_for() -> None:
+    def largest(**options) -> int:
+        jaxpr = jax.make_jaxpr(lambda s: s(X, masks=[CAUSAL], **options))(make_stack())
+        return max(output.aval.size for equation in jaxpr.eqns for output in equation.outvars)
+
+    assert largest() == X.size
+    assert largest(return_intermediates=True) > X.size
+
+
+def test_a_context_made_once_is_the_context() -> None:
+    for period in (1, 2):
+        stack = make_stack(period=period, cross=True)
+        given = jax.jit(lambda s: s(X, masks=[CAUSAL] * s.period, context=CONTEXT).x)(stack)
+        made = jax.jit(lambda s: s(X, masks=[CAUSAL] * s.period, context=s.keys_and_values(CONTEXT)).x)(stack)
+        np.testing.assert_allclose(made, given, atol=1e-5)

@@ -107,13 +107,15 @@ def test_cached_decoding_equals_the_full_pass_in_rows_of_any_length() -> None:
     assert expected.shape == (4, 16, 200) and expected.dtype == jnp.float32 and float(expected.std()) > 0.5
     lengths = jnp.array([3, 9, 1, 6])
     run = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
-    logits, cache = run(model, jnp.where(jnp.arange(9) < lengths[:, None], TOKENS[:, :9], 0), model.init_cache(4, 32))
+    logits, cache, _ = run(
+        model, jnp.where(jnp.arange(9) < lengths[:, None], TOKENS[:, :9], 0), model.init_cache(4, 32)
+    )
     for row, length in enumerate(lengths.tolist()):
         np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=1e-5)
     cache = cache.cut(lengths)
     for step in range(7):
         place = (lengths + step)[:, None]
-        logits, cache = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
+        logits, cache, _ = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
         np.testing.assert_allclose(
             logits[:, 0], jnp.take_along_axis(expected, place[..., None], axis=1)[:, 0], atol=1e-5
         )

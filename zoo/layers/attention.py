@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.kernels import Mask, attention
+from zoo.kernels import Bias, Mask, attention, attention_weights
 from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
 from zoo.layers.positions import Rotary
 from zoo.sharding import constrain
@@ -55,10 +55,14 @@ class KVCache:
 
 
 class AttentionOutput(NamedTuple):
-    """output: [B, T, D].  cache: the one given, with what this call appended."""
+    """output: [B, T, D].  cache: the one given, with what this call appended.
+
+    weights: [B, N, T, S] float32, where they were asked for.
+    """
 
     output: jax.Array
     cache: KVCache | None
+    weights: jax.Array | None
 
 
 class MultiHeadAttention(nnx.Module):
@@ -68,6 +72,7 @@ class MultiHeadAttention(nnx.Module):
     out_bias: whether the projection that ends it has a bias; as `bias` where None.
     head_norm: makes, from H, a normalisation of each head's queries and one of its keys, before rotary positions
         (Henry et al. 2020; Qwen 3).
+    scale: factor of the scores, 1 / sqrt(H) where None.
     """
 
     def __init__(
@@ -83,6 +88,7 @@ class MultiHeadAttention(nnx.Module):
         bias: bool = True,
         out_bias: bool | None = None,
         head_norm: Callable[[int], nnx.Module] | None = None,
+        scale: float | None = None,
         dropout: float = 0.0,
         precision: Precision = Precision(),
         init: Initializer = normal(0.02),
@@ -95,7 +101,7 @@ class MultiHeadAttention(nnx.Module):
             raise LayerError(f"width {width} is no multiple of num_heads {num_heads}: choose another or give head_dim")
         head_dim = head_dim or width // num_heads
         self.num_kv_heads, self.head_dim, self.rotary, self.dropout = num_kv_heads, head_dim, rotary, dropout
-        self.compute = precision.compute
+        self.compute, self.scale = precision.compute, scale
         linear = partial(Linear, rngs=rngs, precision=precision)
         kv_shape, kv_axes = (num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
         out_axes, out_init = ("heads", "head_dim", "embed"), out_init or init
@@ -113,16 +119,20 @@ class MultiHeadAttention(nnx.Module):
         kv: jax.Array | KVCache | None = None,
         *,
         mask: Mask = Mask(),
+        bias: Bias | jax.Array | None = None,
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
+        return_weights: bool = False,
     ) -> AttentionOutput:
         """x [B, T, D] attends to itself, or to `kv`: [B, S, E], or what `keys_and_values` made of it once.
 
+        bias: added to the scores, as `zoo.kernels.attention` takes it.
         cache: keys and values of earlier calls; those of x are appended, and x attends to all. Masks then compare
             slots: query t of row b stands at slot lengths[b] + t.
         positions: [B, T], for rotary positions; counted from 0, or from the cache's lengths, unless given.
         key: for dropout of attention weights; None drops nothing.
+        return_weights: also give the attention weights, before dropout: computed apart, in memory quadratic in length.
         """
         if kv is not None and cache is not None:
             raise LayerError("kv given with a cache, which is of self-attention: give keys_and_values(kv) as kv")
@@ -144,9 +154,10 @@ class MultiHeadAttention(nnx.Module):
             if isinstance(kv, KVCache):
                 mask = mask & Mask(lengths=held.lengths)
         dropout = 0.0 if key is None else self.dropout
-        y = attention(q, k.astype(q.dtype), v.astype(q.dtype), mask, dropout=dropout, dropout_key=key)
-        y = constrain(y, *_HEADS)
-        return AttentionOutput(constrain(self.out(y), "act_batch", "act_length", "act_embed"), cache)
+        k, v, scored = k.astype(q.dtype), v.astype(q.dtype), {"bias": bias, "scale": self.scale}
+        y = constrain(attention(q, k, v, mask, dropout=dropout, dropout_key=key, **scored), *_HEADS)
+        weights = attention_weights(q, k, mask, **scored) if return_weights else None
+        return AttentionOutput(constrain(self.out(y), "act_batch", "act_length", "act_embed"), cache, weights)
 
     def keys_and_values(self, kv: jax.Array, lengths: jax.Array | None = None) -> KVCache:
         """The keys and values of kv [B, S, E], of which the first lengths [B] of each row are real (default: all)."""

@@ -17,9 +17,9 @@ class SequenceError(ValueError):
     """A sequence that the model cannot take; the message names the lengths and the mend."""
 
 
-def check_length(length: int, longest: int) -> None:
-    """Raises SequenceError for a sequence of more tokens than the model has positions."""
-    if length > longest:
+def check_length(length: int, longest: int | None) -> None:
+    """Raises SequenceError for a sequence of more tokens than the model has positions; None: it has no limit."""
+    if longest is not None and length > longest:
         raise SequenceError(
             f"a sequence of {length} tokens exceeds the model's max_length {longest}: "
             f"cut it, or build the model with a larger max_length"

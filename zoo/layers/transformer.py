@@ -1,14 +1,13 @@
 """Transformer blocks, and stacks of them that compile as one block whatever their depth."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.kernels import Mask
+from zoo.kernels import Bias, Mask
 from zoo.kernels.memory import saved
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
@@ -31,11 +30,42 @@ REMAT_POLICIES: dict[str, Callable[..., bool] | None] = {
 """What the backward pass finds saved: everything, matrix products and attention, attention alone, blocks' inputs."""
 
 
+class Intermediates(NamedTuple):
+    """What happens inside a stack of L blocks, for a person to look at or a probe to learn from.
+
+    hidden: [L + 1, B, T, D], the states that enter each block, and behind them those that leave the stack, after its
+        last normalisation where a model has one there.
+    attention: [L, B, N, T, S] float32, the weights of self-attention, before dropout.
+    cross_attention: [L, B, N, T, S], those of cross-attention, where there is any.
+    """
+
+    hidden: jax.Array
+    attention: jax.Array
+    cross_attention: jax.Array | None
+
+    def with_last(self, x: jax.Array) -> "Intermediates":
+        """These, with x [B, T, D] as what leaves the stack."""
+        return self._replace(hidden=self.hidden.at[-1].set(x))
+
+
 class BlockOutput(NamedTuple):
-    """x: [B, T, D].  cache: the one given, with what this call appended."""
+    """x: [B, T, D].  cache: the one given, with what this call appended.
+
+    attention, cross_attention: weights [B, N, T, S] float32, where they were asked for.
+    """
 
     x: jax.Array
     cache: KVCache | None
+    attention: jax.Array | None = None
+    cross_attention: jax.Array | None = None
+
+
+class StackOutput(NamedTuple):
+    """x: [B, T, D].  cache: the one given, with what this call appended.  intermediates: where they were asked for."""
+
+    x: jax.Array
+    cache: KVCache | None
+    intermediates: Intermediates | None
 
 
 class Block(nnx.Module):
@@ -66,30 +96,50 @@ class Block(nnx.Module):
         x: jax.Array,
         *,
         mask: Mask = Mask(),
+        bias: Bias | jax.Array | None = None,
         context: jax.Array | KVCache | None = None,
         context_mask: Mask = Mask(),
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
+        return_weights: bool = False,
     ) -> BlockOutput:
-        """x [B, T, D]; context: what cross-attention attends to, [B, S, E]. The rest is as in MultiHeadAttention."""
+        """x [B, T, D]; context: what cross-attention attends to, [B, S, E] or what `keys_and_values` made of it.
+
+        bias: of the scores of self-attention. The rest is as in MultiHeadAttention.
+        """
         if (context is None) != (self.cross_attention is None):
             given = "none" if context is None else "one"
             raise LayerError(f"a block has cross-attention where it gets a context, and only there: {given} was given")
         self_key, cross_key, mlp_key, *branch_keys = split(key, 6)
+        weights = cross_weights = None
 
         def self_attention(x: jax.Array) -> jax.Array:
-            nonlocal cache
-            y, cache = self.attention(x, mask=mask, cache=cache, positions=positions, key=self_key)
+            nonlocal cache, weights
+            y, cache, weights = self.attention(
+                x,
+                mask=mask,
+                bias=bias,
+                cache=cache,
+                positions=positions,
+                key=self_key,
+                return_weights=return_weights,
+            )
+            return y
+
+        def cross_attention(x: jax.Array) -> jax.Array:
+            nonlocal cross_weights
+            assert self.cross_attention is not None
+            y, _, cross_weights = self.cross_attention(
+                x, context, mask=context_mask, key=cross_key, return_weights=return_weights
+            )
             return y
 
         x = self._branch(x, self.attention_norm, self_attention, branch_keys[0])
-        cross, cross_norm = self.cross_attention, self.cross_norm
-        if cross is not None and cross_norm is not None:
-            attend = partial(cross, kv=context, mask=context_mask, key=cross_key)
-            x = self._branch(x, cross_norm, lambda x: attend(x).output, branch_keys[1])
+        if self.cross_norm is not None:
+            x = self._branch(x, self.cross_norm, cross_attention, branch_keys[1])
         x = self._branch(x, self.feedforward_norm, lambda x: self.feedforward(x, key=mlp_key), branch_keys[2])
-        return BlockOutput(x, cache)
+        return BlockOutput(x, cache, weights, cross_weights)
 
     def _branch(
         self, x: jax.Array, norm: nnx.Module, f: Callable[[jax.Array], jax.Array], key: jax.Array | None
@@ -135,37 +185,64 @@ class Stack(nnx.Module):
         x: jax.Array,
         *,
         masks: Sequence[Mask] = (Mask(),),
-        context: jax.Array | None = None,
+        bias: Bias | jax.Array | None = None,
+        context: jax.Array | KVCache | None = None,
         context_mask: Mask = Mask(),
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
         key: jax.Array | None = None,
-    ) -> BlockOutput:
-        """x [B, T, D] through all blocks; masks holds one Mask for each block of the period. cache: of init_cache."""
+        return_intermediates: bool = False,
+    ) -> StackOutput:
+        """x [B, T, D] through all blocks; masks holds one Mask for each block of the period.
+
+        bias: of every block's self-attention.  context: [B, S, E], or what `keys_and_values` made of it.
+        cache: of init_cache.  return_intermediates: whether the states and weights of every block are kept.
+        """
         keys = None if key is None else jax.random.split(key, (self.num_layers // self.period, self.period))
 
-        def run_period(carry: BlockOutput, xs: tuple) -> tuple[BlockOutput, None]:
+        def run_period(carry: tuple, xs: tuple) -> tuple[tuple, list[tuple]]:
             x, cache = carry
             index, blocks, keys = xs
-            x = saved(x, SAVED_BLOCK)
+            x, seen = saved(x, SAVED_BLOCK), []
             for j, (block, mask) in enumerate(zip(blocks, masks, strict=True)):
                 layer = index * self.period + j
-                x, updated = block(
+                entering = x
+                x, updated, *weights = block(
                     x,
                     mask=mask,
-                    context=context,
+                    bias=bias,
+                    context=_layer(context, layer) if isinstance(context, KVCache) else context,
                     context_mask=context_mask,
                     cache=_layer(cache, layer),
                     positions=positions,
                     key=None if keys is None else keys[j],
+                    return_weights=return_intermediates,
                 )
                 cache = _with_layer(cache, updated, layer)
-            return BlockOutput(x, cache), None
+                seen += [(entering, *weights)] if return_intermediates else []
+            return (x, cache), seen
 
         if self.remat != "none":
             run_period = jax.checkpoint(run_period, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         indices = jnp.arange(self.num_layers // self.period)
-        return jax.lax.scan(run_period, BlockOutput(x, cache), (indices, self.blocks, keys))[0]
+        (x, cache), seen = jax.lax.scan(run_period, (x, cache), (indices, self.blocks, keys))
+        if not return_intermediates:
+            return StackOutput(x, cache, None)
+        hidden, attention, cross_attention = jax.tree.map(self._in_order, *seen)
+        return StackOutput(x, cache, Intermediates(jnp.concatenate([hidden, x[None]]), attention, cross_attention))
+
+    def keys_and_values(self, context: jax.Array) -> KVCache:
+        """What the blocks' cross-attention makes of context [B, S, E], once for many calls: [L, B, S, K, H]."""
+
+        def of_period(_: None, blocks: nnx.List) -> tuple[None, tuple[KVCache, ...]]:
+            return None, tuple(block.cross_attention.keys_and_values(context) for block in blocks)
+
+        _, made = jax.lax.scan(of_period, None, self.blocks)
+        return jax.tree.map(self._in_order, *made)
+
+    def _in_order(self, *of_the_period: jax.Array) -> jax.Array:
+        """One array [L / period, ...] for each block of the period to [L, ...]."""
+        return jnp.stack(of_the_period, 1).reshape(self.num_layers, *of_the_period[0].shape[1:])
 
     def init_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of all layers, [L, B, slots, K, H]."""

@@ -25,7 +25,7 @@ from zoo.layers.feedforward import ACTIVATIONS, FeedForward
 from zoo.layers.linear import Embed, Head, LayerError, Linear, Precision, check_sizes
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions, SequenceError, check_length
-from zoo.layers.transformer import Block, Stack
+from zoo.layers.transformer import Block, Intermediates, Stack
 from zoo.models.published import (
     Layout,
     PublishedError,
@@ -246,19 +246,25 @@ class BertOutput(NamedTuple):
         the answer starts, and that it ends, at a token, [B, T, 2].
     next_sentence: [B, 2] float32 with "pretraining" and "next_sentence": that the second sentence follows the first
         (entry 0), or is another (1).
+    intermediates: where they were asked for.
     """
 
     hidden: jax.Array
     pooled: jax.Array | None
     logits: jax.Array | None
     next_sentence: jax.Array | None
+    intermediates: Intermediates | None = None
 
 
 class BertFeatures(NamedTuple):
-    """hidden: [B, T, D], after the last block.  pooled: [B, D] of the first token, None where there is no pooler."""
+    """hidden: [B, T, D], after the last block.  pooled: [B, D] of the first token, None where there is no pooler.
+
+    intermediates: where they were asked for.
+    """
 
     hidden: jax.Array
     pooled: jax.Array | None
+    intermediates: Intermediates | None = None
 
 
 def bert_block(config: BertConfig, *, rngs: nnx.Rngs) -> Block:
@@ -316,7 +322,7 @@ class Bert(nnx.Module):
 
     def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any) -> BertOutput:
         """What the head says of tokens [B, T] int32. The arguments are those of `features`."""
-        hidden, pooled = self.features(tokens, key=key, **arguments)
+        hidden, pooled, intermediates = self.features(tokens, key=key, **arguments)
         *_, head_key = split(key, 3)
         logits = next_sentence = None
         if self.words is not None:
@@ -326,7 +332,7 @@ class Bert(nnx.Module):
             logits = self.classifier(dropout(scored, self._classifier_dropout, head_key))
         if self.next_sentence is not None and pooled is not None:
             next_sentence = self.next_sentence(pooled)
-        return BertOutput(hidden, pooled, logits, next_sentence)
+        return BertOutput(hidden, pooled, logits, next_sentence, intermediates)
 
     def features(
         self,
@@ -338,6 +344,7 @@ class Bert(nnx.Module):
         segments: jax.Array | None = None,
         mask: Mask | None = None,
         key: jax.Array | None = None,
+        return_intermediates: bool = False,
     ) -> BertFeatures:
         """The final hidden states of tokens [B, T] int32, and the pooled state where there is a pooler.
 
@@ -349,6 +356,7 @@ class Bert(nnx.Module):
             text alone. Instead of `real`; pooled is then of the row's first text.
         mask: restricts attention further.
         key: for dropout; None drops nothing.
+        return_intermediates: also give the hidden states and attention weights of every layer.
         """
         check_length(tokens.shape[1], self.config.max_length)
         if real is not None and segments is not None:
@@ -364,11 +372,11 @@ class Bert(nnx.Module):
         x = self._vectors_of(tokens) + self._vectors_of_types(token_types) + self.positions(positions)
         x = dropout(self.embed_norm(x), self.config.dropout, embed_key)
         x = constrain(x, "act_batch", "act_length", "act_embed")
-        x, _ = self.stack(x, masks=[mask], key=stack_key)
+        x, _, intermediates = self.stack(x, masks=[mask], key=stack_key, return_intermediates=return_intermediates)
         if self.pooler is None:
-            return BertFeatures(x, None)
+            return BertFeatures(x, None, intermediates)
         pooled = jnp.tanh(self.pooler(x[:, 0]).astype(jnp.float32)).astype(x.dtype)
-        return BertFeatures(x, constrain(pooled, "act_batch", "act_embed"))
+        return BertFeatures(x, constrain(pooled, "act_batch", "act_embed"), intermediates)
 
     def hidden(self, tokens: jax.Array, **arguments: Any) -> jax.Array:
         """States [B, T, D] that `logits` and `head` score words of; the arguments are those of `features`."""

@@ -13,7 +13,7 @@ from zoo.kernels import Mask
 from zoo.layers.attention import KVCache
 from zoo.layers.linear import Embed, Head, LayerError, check_sizes
 from zoo.layers.positions import SequenceError, check_length
-from zoo.layers.transformer import Stack
+from zoo.layers.transformer import Intermediates, Stack
 from zoo.sharding import constrain
 
 
@@ -56,17 +56,22 @@ class DecoderConfig:
 
 
 class DecoderOutput(NamedTuple):
-    """logits: [B, T, V] float32.  cache: the one given, with what this call appended."""
+    """logits: [B, T, V] float32.  cache: the one given, with what this call appended.
+
+    intermediates: where they were asked for; the last hidden states are those after the last normalisation.
+    """
 
     logits: jax.Array
     cache: KVCache | None
+    intermediates: Intermediates | None = None
 
 
 class DecoderFeatures(NamedTuple):
-    """hidden: [B, T, D], after the last normalisation.  cache: the one given, with what this call appended."""
+    """hidden: [B, T, D], after the last normalisation.  cache and intermediates: as in DecoderOutput."""
 
     hidden: jax.Array
     cache: KVCache | None
+    intermediates: Intermediates | None = None
 
 
 class Decoder(nnx.Module):
@@ -82,31 +87,14 @@ class Decoder(nnx.Module):
     norm: nnx.Module
     unembed: Embed | None
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        cache: KVCache | None = None,
-        key: jax.Array | None = None,
-    ) -> DecoderOutput:
+    def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any) -> DecoderOutput:
         """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
-        hidden, cache = self.features(tokens, positions=positions, segments=segments, mask=mask, cache=cache, key=key)
-        return DecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache)
+        hidden, cache, intermediates = self.features(tokens, key=key, **arguments)
+        return DecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache, intermediates)
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        *,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        mask: Mask | None = None,
-        key: jax.Array | None = None,
-    ) -> jax.Array:
-        """The final hidden states [B, T, D], for a loss that takes them with `head`."""
-        return self.features(tokens, positions=positions, segments=segments, mask=mask, key=key).hidden
+    def hidden(self, tokens: jax.Array, **arguments: Any) -> jax.Array:
+        """The final hidden states [B, T, D], for a loss that takes them with `head`; arguments as of `features`."""
+        return self.features(tokens, **arguments).hidden
 
     def features(
         self,
@@ -117,6 +105,7 @@ class Decoder(nnx.Module):
         mask: Mask | None = None,
         cache: KVCache | None = None,
         key: jax.Array | None = None,
+        return_intermediates: bool = False,
     ) -> DecoderFeatures:
         """The final hidden states of tokens [B, T] int32.
 
@@ -126,6 +115,7 @@ class Decoder(nnx.Module):
         mask: restricts attention further; it is causal in any case.
         cache: of `init_cache`; tokens stand after what it holds.
         key: for dropout; None drops nothing.
+        return_intermediates: also give the hidden states and attention weights of every layer.
         """
         check_length(tokens.shape[1], self.config.max_length)
         if cache is not None and segments is not None:
@@ -139,8 +129,11 @@ class Decoder(nnx.Module):
         masks = [mask if window is None else mask & Mask(window=window) for window in self.config.windows]
         x, key = self.embedded(tokens, positions, key)
         x = constrain(x, "act_batch", "act_length", "act_embed")
-        x, cache = self.stack(x, masks=masks, cache=cache, positions=positions, key=key)
-        return DecoderFeatures(self.norm(x), cache)
+        x, cache, seen = self.stack(
+            x, masks=masks, cache=cache, positions=positions, key=key, return_intermediates=return_intermediates
+        )
+        hidden = self.norm(x)
+        return DecoderFeatures(hidden, cache, None if seen is None else seen.with_last(hidden))
 
     def embedded(
         self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None

@@ -89,25 +89,27 @@ class Layout:
 class SpecialTokens:
     """Tokens with a meaning to generation, by their ids; None or () where there is none.
 
-    bos begins a text, pad fills rows, and any of eos ends a text.
+    bos begins a text, pad fills rows, any of eos ends a text, and start is what a decoder with an encoder begins with.
     """
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
+    start: int | None = None
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
-        bos, eos, pad = (fields.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad"))
+        bos, eos, pad, start = (fields.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad", "decoder_start"))
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        for token in (bos, pad, *ends):
+        for token in (bos, pad, start, *ends):
             if token is not None and not isinstance(token, int):
                 raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
-        return cls(bos, ends, pad)
+        return cls(bos, ends, pad, start)
 
     def to_published(self) -> dict[str, Any]:
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
-        return {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+        fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
+        return fields if self.start is None else fields | {"decoder_start_token_id": self.start}
 
 
 def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:

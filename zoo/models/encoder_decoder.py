@@ -1,0 +1,241 @@
+"""What encoder-decoder families share: a stack that reads a source, a causal one that attends to it, and their cache.
+
+Sources are [B, S] and the tokens of the decoder [B, T].
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from zoo.kernels import Bias, Mask
+from zoo.layers.attention import KVCache
+from zoo.layers.dropout import split
+from zoo.layers.linear import Embed, Head
+from zoo.layers.positions import SequenceError, check_length
+from zoo.layers.transformer import Intermediates, Stack
+from zoo.sharding import constrain
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("own", "source", "source_segments"), meta_fields=())
+@dataclass(frozen=True)
+class Cache:
+    """What a decoder has seen.
+
+    own: of its self-attention, [L, B, slots, K, H].  source: keys and values of the encoded source, [L, B, S, K, H].
+    source_segments: [B, S] int32, 0 where a source token only pads.
+    """
+
+    own: KVCache
+    source: KVCache
+    source_segments: jax.Array
+
+    @property
+    def lengths(self) -> jax.Array:
+        """Tokens that each row holds, [L, B]."""
+        return self.own.lengths
+
+    def cut(self, lengths: jax.Array) -> "Cache":
+        """With the decoder's first lengths [B] tokens of each row alone."""
+        return dataclasses.replace(self, own=self.own.cut(lengths))
+
+    def rows(self, rows: jax.Array) -> "Cache":
+        """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
+        return Cache(self.own.rows(rows), self.source.rows(rows), jnp.take(self.source_segments, rows, axis=0))
+
+
+class Encoded(NamedTuple):
+    """hidden: [B, S, D], what the decoder attends to.  segments: [B, S] int32, 0 where a token only pads.
+
+    intermediates: of the encoder, where they were asked for.
+    """
+
+    hidden: jax.Array
+    segments: jax.Array
+    intermediates: Intermediates | None = None
+
+
+class EncoderDecoderOutput(NamedTuple):
+    """logits: [B, T, V] float32.  cache: the one given, with what this call appended.  encoded: the source.
+
+    intermediates: of the decoder, where they were asked for; those of the encoder are in `encoded`.
+    """
+
+    logits: jax.Array
+    cache: Cache | None
+    encoded: Encoded | None
+    intermediates: Intermediates | None = None
+
+
+class EncoderDecoderFeatures(NamedTuple):
+    """hidden: [B, T, D], as `logits` and `head` score it.  The others are as in EncoderDecoderOutput."""
+
+    hidden: jax.Array
+    cache: Cache | None
+    encoded: Encoded | None
+    intermediates: Intermediates | None = None
+
+
+class EncoderDecoder(nnx.Module):
+    """Sources [B, S] and tokens [B, T] to logits [B, T, V].
+
+    A family sets `config`, `embed`, `encoder` and `decoder`, whose blocks have cross-attention, and `unembed`, which is
+    None where the embedding scores too; it overrides what stands before and behind its stacks.
+    Raises SequenceError where a sequence, or a cache, is longer than config.max_length (None: there is no limit).
+    """
+
+    config: Any
+    embed: Embed
+    encoder: Stack
+    decoder: Stack
+    unembed: Embed | None
+
+    def __call__(
+        self, sources: jax.Array | None, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any
+    ) -> EncoderDecoderOutput:
+        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
+        hidden, cache, encoded, intermediates = self.features(tokens, sources=sources, key=key, **arguments)
+        return EncoderDecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache, encoded, intermediates)
+
+    def hidden(self, sources: jax.Array, tokens: jax.Array, **arguments: Any) -> jax.Array:
+        """States [B, T, D], for a loss that takes them with `head`; arguments as of `features`."""
+        return self.features(tokens, sources=sources, **arguments).hidden
+
+    def features(
+        self,
+        tokens: jax.Array,
+        *,
+        sources: jax.Array | None = None,
+        source_segments: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        encoded: Encoded | None = None,
+        cache: Cache | None = None,
+        mask: Mask | None = None,
+        key: jax.Array | None = None,
+        return_intermediates: bool = False,
+    ) -> EncoderDecoderFeatures:
+        """The decoder's final states of tokens [B, T] int32.
+
+        sources: [B, S] int32; or else encoded, of `encode`; or else a cache, which holds them.
+        source_segments: [B, S], 0 where a source token only pads; with `segments`, which text of a packed row it is of.
+        segments: [B, T], of a packed row, whose tokens attend to their own text and source alone. Not with a cache.
+        cache: of `init_cache`; tokens stand after what it holds.
+        mask: restricts the decoder's self-attention further; it is causal in any case.
+        key: for dropout; None drops nothing.
+        return_intermediates: also give the hidden states and attention weights of every layer.
+        """
+        if sum(given is not None for given in (sources, encoded, cache)) != 1:
+            raise SequenceError("give one of sources, encoded and cache: what the decoder attends to")
+        check_length(tokens.shape[1], self.config.max_length)
+        encoder_key, embed_key, stack_key, end_key = split(key, 4)
+        if sources is not None:
+            encoded = self.encode(
+                sources,
+                segments=source_segments,
+                positions=None if segments is None or source_segments is None else _restarted(source_segments),
+                key=encoder_key,
+                return_intermediates=return_intermediates,
+            )
+        if cache is not None:
+            context, context_segments, own = cache.source, cache.source_segments, cache.own
+            positions = own.lengths[0][:, None] + jnp.arange(tokens.shape[1])[None]
+        else:
+            assert encoded is not None
+            context, context_segments, own = encoded.hidden, encoded.segments, None
+            positions = jnp.arange(tokens.shape[1])[None] if segments is None else _restarted(segments)
+        if segments is None:
+            real = (context_segments != 0).astype(jnp.int32)
+            context_mask = Mask(segments=(jnp.ones(tokens.shape, jnp.int32), real))
+        elif cache is not None:
+            raise SequenceError("segments given with a cache: a cached row is one text, so leave segments out")
+        else:
+            context_mask = Mask(segments=(segments, context_segments))
+        x = self.embedded(tokens, positions, embed_key, decoding=True)
+        x, own, seen = self.decoder(
+            constrain(x, "act_batch", "act_length", "act_embed"),
+            masks=[(mask or Mask()) & Mask(causal=True, segments=segments)],
+            bias=self.bias(decoding=True),
+            context=context,
+            context_mask=context_mask,
+            cache=own,
+            key=stack_key,
+            return_intermediates=return_intermediates,
+        )
+        x = self.ended(x, end_key, decoding=True)
+        cache = None if cache is None or own is None else dataclasses.replace(cache, own=own)
+        seen = None if seen is None else seen.with_last(x)
+        return EncoderDecoderFeatures(self.scored(x), cache, encoded, seen)
+
+    def encode(
+        self,
+        sources: jax.Array,
+        *,
+        segments: jax.Array | None = None,
+        positions: jax.Array | None = None,
+        key: jax.Array | None = None,
+        return_intermediates: bool = False,
+    ) -> Encoded:
+        """The states of sources [B, S] int32.
+
+        segments: [B, S], 0 where a token only pads.  positions: [B, S], counted from 0 unless given.  The others are
+        those of `features`.
+        """
+        check_length(sources.shape[1], self.config.max_length)
+        segments = jnp.ones(sources.shape, jnp.int32) if segments is None else segments.astype(jnp.int32)
+        embed_key, stack_key, end_key = split(key, 3)
+        positions = jnp.arange(sources.shape[1])[None] if positions is None else positions
+        x = self.embedded(sources, positions, embed_key, decoding=False)
+        x, _, seen = self.encoder(
+            constrain(x, "act_batch", "act_length", "act_embed"),
+            masks=[Mask(segments=segments)],
+            bias=self.bias(decoding=False),
+            key=stack_key,
+            return_intermediates=return_intermediates,
+        )
+        x = self.ended(x, end_key, decoding=False)
+        return Encoded(x, segments, None if seen is None else seen.with_last(x))
+
+    def init_cache(self, encoded: Encoded, length: int) -> Cache:
+        """A cache for an encoded source, with room for `length` tokens a row."""
+        longest = self.config.max_length
+        if longest is not None and length > longest:
+            raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {longest}")
+        own = self.decoder.init_cache(len(encoded.hidden), length)
+        return Cache(own, self.decoder.keys_and_values(encoded.hidden), encoded.segments)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
+        logits = (self.unembed or self.embed).attend(hidden)
+        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
+        return constrain(logits, *leading, "act_vocab")
+
+    def head(self) -> Head:
+        """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
+        return (self.unembed or self.embed).head()
+
+    def embedded(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
+        """What enters the encoder, or the decoder, [B, T, D], of tokens at positions that broadcast to [B, T]."""
+        raise NotImplementedError
+
+    def ended(self, x: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
+        """What leaves the encoder, or the decoder, of the states x [B, T, D] behind its stack."""
+        return x
+
+    def scored(self, x: jax.Array) -> jax.Array:
+        """What words are scored from, of the states x [B, T, D] that leave the decoder."""
+        return x
+
+    def bias(self, *, decoding: bool) -> Bias | None:
+        """Of the scores of self-attention in every block of the encoder, or of the decoder."""
+        return None
+
+
+def _restarted(segments: jax.Array) -> jax.Array:
+    """Positions [B, T] that count from 0 in each run of equal segments [B, T]."""
+    index = jnp.broadcast_to(jnp.arange(segments.shape[1]), segments.shape)
+    begins = jnp.concatenate([jnp.ones_like(index[:, :1]), segments[:, 1:] != segments[:, :-1]], 1)
+    return index - jax.lax.cummax(jnp.where(begins, index, 0), axis=1)
