@@ -1,7 +1,8 @@
 """`cudnn`: cuDNN's fused attention on NVIDIA GPUs, through the public `jax.nn.dot_product_attention`.
 
-It takes masks that cuDNN knows by name (causal, causal windows, lengths), half-precision arguments, grouped heads, and
-little else. Compiling for a GPU with it needs cuDNN in the process that traces, where `jax.nn` looks for it.
+It takes half-precision arguments and grouped heads, and masks that cuDNN knows by name (causal, causal windows,
+lengths); any other mask, packed documents above all, as an array of pairs, while that is of moderate size. Compiling
+for a GPU with it needs cuDNN in the process that traces, where `jax.nn` looks for it.
 """
 
 import functools
@@ -12,7 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from zoo.kernels.engine import Learned, Output
+from zoo.kernels.mask import allowed
 from zoo.kernels.problem import Problem
+
+PAIR_BYTES = 2**29
+"""Bytes of an array [B, 1, T, S] of pairs, in the type of q, above which a mask that has no name is refused."""
 
 
 class JaxNN(NamedTuple):
@@ -27,13 +32,13 @@ class JaxNN(NamedTuple):
     def forward(self, problem: Problem) -> Output:
         call = Call.of(problem, self.implementation)
 
-        def run(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> Output:
-            out, pull = call.vjp(q, k, v, lengths)
+        def run(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array) -> Output:
+            out, pull = call.vjp(q, k, v, keys)
             places = _kept(out, pull)
             lse = jnp.zeros((q.shape[0], q.shape[2], q.shape[1]), jnp.float32)
-            return Output(call.rows(lengths, out), jax.tree.leaves(pull)[places.lse] if places else lse)
+            return Output(call.rows(keys, out), jax.tree.leaves(pull)[places.lse] if places else lse)
 
-        return _rows_joined(run)(problem.q, problem.k, problem.v, _lengths(problem))
+        return _rows_joined(run)(problem.q, problem.k, problem.v, call.keys(problem))
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
         """What jax.vjp keeps of a forward pass is exchanged for what is given, so that none is run.
@@ -44,55 +49,75 @@ class JaxNN(NamedTuple):
         call = Call.of(problem, self.implementation)
 
         def run(
-            q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array, out: jax.Array, lse: jax.Array, d: jax.Array
+            q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array, out: jax.Array, lse: jax.Array, d: jax.Array
         ) -> tuple[jax.Array, jax.Array, jax.Array]:
-            again, pull = call.vjp(q, k, v, lengths)
+            again, pull = call.vjp(q, k, v, keys)
             places = _kept(again, pull)
             if places:
                 leaves, tree = jax.tree.flatten(pull)
                 leaves[places.out], leaves[places.lse] = out, lse
                 pull = tree.unflatten(leaves)
-            return pull(call.rows(lengths, d))
+            return pull(call.rows(keys, d))
 
-        given = (problem.q, problem.k, problem.v, _lengths(problem), output.out, output.lse, gradient.out)
+        given = (problem.q, problem.k, problem.v, call.keys(problem), output.out, output.lse, gradient.out)
         d_q, d_k, d_v = _rows_joined(run)(*given)
         return Learned(d_q, d_k, d_v, None)
 
 
 class Call(NamedTuple):
-    """The static arguments of one call of jax.nn. window: keys that a query sees to its left, beside its own."""
+    """The static arguments of one call of jax.nn. window: keys that a query sees to its left, beside its own.
+
+    pairs: whether the mask is given as an array; cuDNN then skips by `causal` alone.
+    """
 
     implementation: str
     scale: float
     causal: bool
     window: int | None
     padded: bool
+    pairs: bool
 
     @classmethod
     def of(cls, problem: Problem, implementation: str) -> "Call":
         """Of a problem that `supports` has passed."""
+        if _unnamed(problem):
+            causal = problem.mask.rules.causal and problem.mask.prefix is None and _counted_from_0(problem)
+            return cls(implementation, problem.scale, causal, None, padded=False, pairs=True)
         causal, left, _ = _band(problem)
-        return cls(implementation, problem.scale, causal, left, problem.mask.lengths is not None)
+        padded = problem.mask.lengths is not None
+        return cls(implementation, problem.scale, causal, left, padded=padded, pairs=False)
 
-    def vjp(self, q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
+    def keys(self, problem: Problem) -> jax.Array:
+        """Which keys there are for each query, bool [B, 1, T, S], or how many in each row, int32 [B]."""
+        shape, mask = problem.shape, problem.mask
+        if self.pairs:
+            pairs = allowed(mask, mask.query, mask.key)
+            return jnp.broadcast_to(pairs, (shape.batch, 1, shape.queries, shape.keys))
+        lengths = jnp.int32(shape.keys) if mask.lengths is None else mask.lengths
+        return jnp.broadcast_to(lengths, problem.batch.shape)
+
+    def vjp(self, q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array) -> tuple[jax.Array, Callable[..., Any]]:
         def run(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
             return jax.nn.dot_product_attention(
                 q,
                 k,
                 v,
+                mask=keys if self.pairs else None,
                 scale=self.scale,
                 is_causal=self.causal,
                 # A row of no keys is given one, and left out of the result.
-                key_value_seq_lengths=jnp.clip(lengths, 1, k.shape[1]) if self.padded else None,
+                key_value_seq_lengths=jnp.clip(keys, 1, k.shape[1]) if self.padded else None,
                 local_window_size=None if self.window is None else (self.window, 0),
                 implementation=self.implementation,  # type: ignore[arg-type]
             )
 
         return jax.vjp(run, q, k, v)
 
-    def rows(self, lengths: jax.Array, x: jax.Array) -> jax.Array:
-        """x [B, T, N, H], with zeros in the rows that have no key."""
-        return jnp.where(lengths[:, None, None, None] > 0, x, 0) if self.padded else x
+    def rows(self, keys: jax.Array, x: jax.Array) -> jax.Array:
+        """x [B, T, N, H], with zeros for the queries that have no key."""
+        if self.pairs:
+            return jnp.where(keys.any(-1).swapaxes(1, 2)[..., None], x, 0)
+        return jnp.where(keys[:, None, None, None] > 0, x, 0) if self.padded else x
 
 
 class _Places(NamedTuple):
@@ -108,12 +133,6 @@ def _kept(out: jax.Array, pull: Callable[..., Any]) -> _Places | None:
     outs = [i for i, x in leaves if x is out]
     lses = [i for i, x in leaves if x.shape == (b, n, t) and x.dtype == jnp.float32]
     return _Places(outs[0], lses[0]) if len(outs) == len(lses) == 1 else None
-
-
-def _lengths(problem: Problem) -> jax.Array:
-    """[B], int32: how many keys of each row are there."""
-    lengths = problem.mask.lengths
-    return jnp.broadcast_to(jnp.int32(problem.shape.keys) if lengths is None else lengths, problem.batch.shape)
 
 
 def _rows_joined(run: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,23 +179,37 @@ def supports(problem: Problem) -> str | None:
         return "it drops other probabilities than the dropout key says"
     if p.wants_lse:
         return "the log-sum-exp is asked for (return_lse or sinks), and cuDNN takes no gradient of it"
-    return _mask_refusal(p) or _refusal_of_jax(p.q.shape, p.k.shape, p.q.dtype, Call.of(p, "cudnn"))
+    unnamed, size = _unnamed(p), _pair_bytes(p)
+    if unnamed is not None and size > PAIR_BYTES:
+        return f"{unnamed}, and all pairs take {size / 2**20:.0f} MiB a device, above {PAIR_BYTES / 2**20:.0f}"
+    return _refusal_of_jax(p.q.shape, p.k.shape, p.q.dtype, Call.of(p, "cudnn"))
 
 
 def temporaries(problem: Problem) -> int:
     """Bytes: the log-sum-exp, and what cuDNN says that its backward pass works in.
 
-    A float32 sum of the gradient of q, a number a row, and the gradients of k and v by query head where heads share
-    them. Not checked against a GPU: the compiler does not count the space that cuDNN asks for.
+    A float32 sum of the gradient of q, a number a row, the gradients of k and v by query head where heads share them,
+    and the pairs of a mask that has no name. Not checked against a GPU: the compiler does not count the space that
+    cuDNN asks for.
     """
     p, shape = problem, problem.shape
     rows = shape.batch * shape.heads * shape.queries
     group = shape.heads // shape.kv_heads
     by_head = p.q.dtype.itemsize * group * (p.k.size + p.v.size) if group > 1 else 0
-    return 4 * p.q.size + 2 * 4 * rows + by_head
+    return 4 * p.q.size + 2 * 4 * rows + by_head + (_pair_bytes(p) if _unnamed(p) else 0)
 
 
-def _mask_refusal(problem: Problem) -> str | None:
+def _pair_bytes(problem: Problem) -> int:
+    shape = problem.shape
+    return shape.batch * shape.queries * shape.keys * problem.q.dtype.itemsize
+
+
+def _counted_from_0(problem: Problem) -> bool:
+    return (problem.mask.query.start, problem.mask.key.start) == (0, 0)
+
+
+def _unnamed(problem: Problem) -> str | None:
+    """What of the mask cuDNN has no name for, None where it has."""
     mask, shape = problem.mask, problem.shape
     rules = mask.rules
     for there, name in (
@@ -187,7 +220,7 @@ def _mask_refusal(problem: Problem) -> str | None:
         if there:
             return f"its masks have no {name}"
     compares = rules.causal or rules.left is not None or rules.right is not None
-    if compares and (mask.query.start, mask.key.start) != (0, 0):
+    if compares and not _counted_from_0(problem):
         return "its masks count positions from 0, and here they are given or begin elsewhere"
     causal, left, right = _band(problem)
     if right is not None or (left is not None and (left < 0 or not causal)):
@@ -201,13 +234,14 @@ def _mask_refusal(problem: Problem) -> str | None:
 def _refusal_of_jax(q: tuple[int, ...], k: tuple[int, ...], dtype: Any, call: Call) -> str | None:
     """What jax.nn says of these shapes on this machine: whether it finds cuDNN, and what that and the GPU can take."""
     arrays = (jax.ShapeDtypeStruct(shape, dtype) for shape in (q, k, k))
+    pairs = jax.ShapeDtypeStruct((q[0], 1, q[1], k[1]), bool)
 
-    def step(q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array) -> Any:
-        out, pull = call.vjp(q, k, v, lengths)
+    def step(q: jax.Array, k: jax.Array, v: jax.Array, keys: jax.Array) -> Any:
+        out, pull = call.vjp(q, k, v, keys)
         return pull(out)
 
     try:
-        jax.eval_shape(step, *arrays, jax.ShapeDtypeStruct(q[:1], jnp.int32))
+        jax.eval_shape(step, *arrays, pairs if call.pairs else jax.ShapeDtypeStruct(q[:1], jnp.int32))
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return f"jax.nn refuses it on this machine: {' '.join(str(error).split())}"
     return None

@@ -13,6 +13,7 @@ from zoo.kernels import AttentionError, Bias, Mask, attention, cudnn, dispatch, 
 from zoo.kernels.problem import build
 
 B, T, N, K, H = 2, 24, 4, 2, 16
+SEGMENTS = jnp.array([[1] * 7 + [2] * 9 + [3] * 8, [0] * 5 + [1] * 3 + [2] * 15 + [0]])
 
 
 @pytest.fixture
@@ -58,6 +59,14 @@ def with_gradients(attend, q, k, v):
         (Mask(lengths=jnp.array([0, 99])), T, {}),
         (Mask(lengths=jnp.array(9)), T, {}),
         (Mask(causal=True, lengths=jnp.array([0, 9])), 40, {}),
+        (Mask(causal=True, segments=SEGMENTS), T, {}),
+        (Mask(segments=SEGMENTS, lengths=jnp.array([0, 9])), T, {"scale": 0.3}),
+        (Mask(causal=True, prefix=jnp.array(3)), T, {}),
+        (Mask(where=lambda q, k: (q + k) % 2 == 0), 40, {}),
+        (Mask(causal=True, positions=jnp.arange(T)[::-1]), T, {}),
+        (Mask(window=(3, 2)), T, {}),
+        (Mask(window=9) & Mask(lengths=jnp.array([3, 4])), T, {}),
+        (Mask(window=9), 10, {}),
     ],
 )
 def test_the_same_attention(mask: Mask, keys: int, options) -> None:
@@ -66,16 +75,10 @@ def test_the_same_attention(mask: Mask, keys: int, options) -> None:
     def plain(q, k, v):
         return engine.attend(cudnn.JaxNN("xla"), build(q, k, v, mask, **options)).output
 
-    problem = build(*shapes_of_call(keys), mask, **options, wants_lse=False)
-    assert cudnn._mask_refusal(problem) is None
     found = with_gradients(jax.jit(plain), *arrays(keys))
     expected = with_gradients(lambda q, k, v: attention(q, k, v, mask, impl="xla", **options), *arrays(keys))
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5)
-
-
-def shapes_of_call(keys: int) -> list[jax.Array]:
-    return [x.astype(jnp.bfloat16) for x in arrays(keys)]
 
 
 def test_what_is_kept_of_a_forward_pass_spares_another(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,21 +162,36 @@ def refusal(*given, **options) -> str | None:
         (shapes(), {"dropout": 0.1, "dropout_key": jax.random.key(0)}, "it drops other probabilities"),
         (shapes(), {"return_lse": True}, "the log-sum-exp is asked for"),
         (shapes(), {"sinks": jnp.ones(N)}, "the log-sum-exp is asked for"),
-        ((*shapes(), Mask(segments=jnp.ones((B, 1024), int))), {}, "its masks have no segments"),
-        ((*shapes(), Mask(causal=True, prefix=jnp.array(3))), {}, "its masks have no prefix"),
-        ((*shapes(), Mask(where=lambda q, k: (q + k) % 2 == 0)), {}, "its masks have no where="),
-        ((*shapes(), Mask(causal=True, positions=jnp.arange(1024))), {}, "its masks count positions from 0"),
-        ((*shapes(), Mask(window=(3, 2))), {}, r"its masks have no window of \(3, 2\): it takes causal windows"),
-        ((*shapes(), Mask(window=(3, None))), {}, r"no window of \(3, None\)"),
-        ((*shapes(), Mask(window=(None, 3))), {}, r"no window of \(None, 3\)"),
-        ((*shapes(), Mask(causal=True, window=(-1, None))), {}, r"no window of \(-1, None\)"),
-        ((*shapes(), Mask(causal=True, window=(None, -1))), {}, r"no window of \(None, -1\)"),
-        ((*shapes(), Mask(window=9) & Mask(lengths=jnp.array([3, 4]))), {}, "a window with lengths"),
-        ((*shapes(1024, 512), Mask(window=9)), {}, "over fewer keys than queries"),
     ],
 )
 def test_refusals(found: None, given, options, message: str) -> None:
     assert re.search(message, refusal(*given, **options) or "")
+
+
+UNNAMED = [
+    (Mask(segments=jnp.ones((B, 1024), int)), 1024, "its masks have no segments"),
+    (Mask(causal=True, prefix=jnp.array(3)), 1024, "its masks have no prefix"),
+    (Mask(where=lambda q, k: (q + k) % 2 == 0), 1024, "its masks have no where="),
+    (Mask(causal=True, positions=jnp.arange(1024)), 1024, "its masks count positions from 0"),
+    (Mask(window=(3, 2)), 1024, r"its masks have no window of \(3, 2\): it takes causal windows"),
+    (Mask(window=(3, None)), 1024, r"no window of \(3, None\)"),
+    (Mask(window=(None, 3)), 1024, r"no window of \(None, 3\)"),
+    (Mask(causal=True, window=(-1, None)), 1024, r"no window of \(-1, None\)"),
+    (Mask(causal=True, window=(None, -1)), 1024, r"no window of \(None, -1\)"),
+    (Mask(window=9) & Mask(lengths=jnp.array([3, 4])), 1024, "a window with lengths"),
+    (Mask(window=9), 512, "over fewer keys than queries"),
+]
+
+
+@pytest.mark.parametrize(("mask", "keys", "message"), UNNAMED)
+def test_a_mask_without_a_name_is_an_array_while_that_is_small(found: None, monkeypatch, mask, keys, message) -> None:
+    given = (*shapes(1024, keys), mask)
+    taken = next(candidate for candidate in explain(*given) if candidate.name == "cudnn")
+    named = next(candidate for candidate in explain(*shapes(1024, keys)) if candidate.name == "cudnn")
+    assert taken.refusal is None and taken.chosen == "on CUDA GPUs"
+    assert taken.temporaries - named.temporaries == 2 * B * 1024 * keys
+    monkeypatch.setattr(cudnn, "PAIR_BYTES", 2 * B * 1024 * keys - 1)
+    assert re.search(f"{message}.*, and all pairs take", refusal(*given) or "")
 
 
 def test_what_is_no_limit_is_not_refused(found: None) -> None:
@@ -183,11 +201,12 @@ def test_what_is_no_limit_is_not_refused(found: None) -> None:
     assert refusal(*shapes(), soft_cap=None, logits_bound=5.0) is None
 
 
-def test_queries_that_are_cut_over_a_mesh(found: None) -> None:
+def test_queries_that_are_cut_over_a_mesh(found: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each part's queries begin at a position of their own."""
     mesh = jax.make_mesh((4,), ("length",), axis_types=(AxisType.Auto,))
     with jax.set_mesh(mesh):
         options = {"partition": PartitionSpec(None, "length")}
+        monkeypatch.setattr(cudnn, "PAIR_BYTES", 0)
         assert "count positions from 0" in (refusal(*shapes(), Mask(causal=True), **options) or "")
         assert refusal(*shapes(), **options) is None
 
@@ -224,12 +243,20 @@ def lowered(platform: str, impl: str, mask: Mask, dtype=jnp.bfloat16) -> str:
 
 
 @pytest.mark.parametrize("impl", ["auto", "cudnn"])
-@pytest.mark.parametrize("mask", [Mask(window=64), Mask(causal=True, lengths=jnp.array([9, 900]))])
-def test_lowers_for_cuda(found: None, impl: str, mask: Mask) -> None:
+@pytest.mark.parametrize(
+    ("mask", "named"),
+    [
+        (Mask(window=64), "sliding_window_length\\22: 64"),
+        (Mask(causal=True, lengths=jnp.array([9, 900])), "PADDING_CAUSAL"),
+        (Mask(causal=True, segments=jnp.ones((B, 1024), int)), "CAUSAL"),
+    ],
+)
+def test_lowers_for_cuda(found: None, impl: str, mask: Mask, named: str) -> None:
     text = lowered("cuda", impl, mask)
     calls = re.findall(r"(?:(%\w+):\d = )stablehlo.custom_call @__cudnn\$(\w+)\(", text)
-    assert [name for _, name in calls] == ["fmhaSoftmax", "fmhaSoftmax", "fmhaSoftmaxBackward"]
-    assert ("sliding_window_length\\22: 64" if mask.lengths is None else "PADDING_CAUSAL") in text
+    kind = "fmhaScaleBiasSoftmax" if mask.segments is not None else "fmhaSoftmax"
+    assert [name for _, name in calls] == [kind, kind, f"{kind}Backward"]
+    assert named in text
     assert "dot_general" not in text
     # Nothing reads the second forward pass: the compiler leaves it out. (In regions of `auto`, names come again.)
     second = calls[1][0]
