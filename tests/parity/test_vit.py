@@ -76,6 +76,7 @@ DINO = MEANS_NOTHING_HERE | {
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_read_is_written_back_bit_for_bit(case, tmp_path) -> None:
     model = from_pretrained(FOLDER / case)
+    assert isinstance(model, Vit)
     save_pretrained(model, tmp_path)
     found, expected = (load_file(place / "model.safetensors") for place in (tmp_path, FOLDER / case))
     assert found.keys() == expected.keys()

@@ -26,7 +26,8 @@ def cut_into_patches(images: jax.Array, patch_size: tuple[int, int]) -> jax.Arra
     A product of what comes out with a kernel [patch Y, patch X, C, D] is a convolution whose stride is its size, as one
     matrix product.
     """
-    rows, columns = patch_grid(images.shape[1:3], patch_size)
+    _, y, x, _ = images.shape
+    rows, columns = patch_grid((y, x), patch_size)
     whole = images[:, : rows * patch_size[0], : columns * patch_size[1]]
     return rearrange(whole, "b (i y) (j x) c -> b (i j) y x c", i=rows, j=columns)
 
@@ -42,7 +43,7 @@ def resize_bicubic(table: jax.Array, grid: tuple[int, int], *, antialias: bool =
 
 
 def bicubic_matrix(old: int, new: int, *, antialias: bool) -> np.ndarray:
-    """[new, old] float32: what each of `new` samples takes of `old` ones that lie on the same line, by cubic convolution.
+    """[new, old] float32: what each of `new` samples takes of `old` ones on the same line, by cubic convolution.
 
     Keys 1981, "Cubic convolution interpolation for digital image processing", whose free coefficient torch sets to
     -0.75 where it takes the four nearest samples, those beyond an end being the sample at the end; and to -0.5 where it

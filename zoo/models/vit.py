@@ -4,9 +4,9 @@ Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words"; Oquab et al. 2023, "DI
 Transformers Need Registers". A class token stands before the patches unless classes are scored from the mean of the
 patches alone (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k").
 
-An image of another size than the model's has its positions resampled, bicubically and to float32's last digits as Hugging
-Face transformers 5.23 does: from the four nearest, but antialiased where there are registers. The code that DINOv2's
-weights were released with adds 0.1 to the grid's sides before it divides, unless it antialiases, and so differs by a little.
+An image of another size than the model's has its positions resampled bicubically, as Hugging Face transformers 5.23
+does, up to rounding: from the four nearest, and antialiased where there are registers. The code that DINOv2 without
+registers was released with adds 0.1 to the sides of the new grid before it divides, and differs from that by a little.
 """
 
 import dataclasses
@@ -159,8 +159,9 @@ class VitConfig:
         return Vit(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
-        """FLOPs of the forward pass of one image of shape (Y, X, C): matrix products alone, a multiply-add being two."""
-        rows, columns = patch_grid((shape[0], shape[1]), self.patch_size)
+        """FLOPs of the forward pass of one image (Y, X, C): matrix products alone, a multiply-add being two."""
+        y, x, _ = shape
+        rows, columns = patch_grid((y, x), self.patch_size)
         patches = rows * columns
         length = self.class_tokens + self.registers + patches
         of_a_token = 4 * self.width**2 + (2 + self.gated) * self.width * self.mlp_width + 2 * length * self.width
@@ -427,7 +428,8 @@ class Vit(nnx.Module):
             if self.mask_token is None:
                 raise LayerError("masked was given, and this model has no mask token: build it with mask_token=True")
             x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
-        class_position, positions = self._positions(patch_grid(images.shape[1:3], self.config.patch_size))
+        _, height, width, _ = images.shape
+        class_position, positions = self._positions(patch_grid((height, width), self.config.patch_size))
         parts = [x + positions.astype(x.dtype)]
         if self.registers is not None:
             parts.insert(0, self.registers[...])
