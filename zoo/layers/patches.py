@@ -1,11 +1,88 @@
-"""Images as sequences of patches, and positions learned on one grid of patches read on another."""
+"""Images as sequences of patches and of tokens beside them, with positions learned on one grid and read on any."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
+from flax import nnx
 
-from zoo.layers.linear import LayerError
+from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
+from zoo.layers.positions import LearnedPositions
+from zoo.sharding import constrain
+
+
+class ImageTokens(nnx.Module):
+    """Images [B, Y, X, C] to what a transformer reads, [B, T, D]: class tokens, registers, and patches row by row.
+
+    A patch of patch_size pixels is mapped to D features (Dosovitskiy et al. 2021). Class tokens and patches have
+    learned positions, of the grid of image_size; those of images of another size are resampled, antialiased or not.
+
+    class_tokens: learned vectors whose states say what an image is, 1 or 0.
+    registers: learned vectors between those and the patches, for whatever the network keeps there (Darcet et al. 2024).
+    mask_token: whether there is a vector that stands in for patches that are masked; 0 at first.
+    """
+
+    def __init__(
+        self,
+        image_size: tuple[int, int],
+        patch_size: tuple[int, int],
+        channels: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        class_tokens: int = 1,
+        registers: int = 0,
+        mask_token: bool = False,
+        antialias: bool = False,
+        precision: Precision = Precision(),
+        init: Initializer = normal(0.02),
+    ):
+        self.patch_size, self.grid, self.antialias = patch_size, patch_grid(image_size, patch_size), antialias
+        common = {"rngs": rngs, "precision": precision, "init": init}
+        self.patches = Linear((*patch_size, channels), width, axes=("kernel_y", "kernel_x", None, "embed"), **common)
+        self.positions = LearnedPositions(class_tokens + self.grid[0] * self.grid[1], width, **common)
+
+        def vectors(count: int, init: Initializer) -> nnx.Param | None:
+            made = init(rngs.params(), (count, width), jnp.dtype(precision.parameters)) if count else None
+            return None if made is None else nnx.Param(made, axes=("positions", "embed"))
+
+        self.class_tokens = vectors(class_tokens, init)
+        # As in DINOv2's code: from 0 they would all stay the same.
+        self.registers = vectors(registers, normal(1e-6))
+        self.mask_token = vectors(int(mask_token), jax.nn.initializers.zeros)
+
+    def __call__(self, images: jax.Array, masked: jax.Array | None = None) -> jax.Array:
+        """masked: [B, patches], true where the mask token stands in. Raises LayerError for images that do not fit."""
+        _, height, width, _ = self._checked(images)
+        x = self.patches(cut_into_patches(images, self.patch_size))
+        if masked is not None:
+            if self.mask_token is None:
+                raise LayerError("masked was given, and this model has no mask token: build it with mask_token=True")
+            x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
+        first, rest = self._positions(patch_grid((height, width), self.patch_size))
+        parts = [x + rest.astype(x.dtype)]
+        if self.registers is not None:
+            parts.insert(0, self.registers[...])
+        if self.class_tokens is not None:
+            parts.insert(0, self.class_tokens[...] + first)
+        parts = [jnp.broadcast_to(part.astype(x.dtype), (len(x), *part.shape[-2:])) for part in parts]
+        return constrain(jnp.concatenate(parts, 1), "act_batch", "act_length", "act_embed")
+
+    def _checked(self, images: jax.Array) -> tuple[int, ...]:
+        channels = self.patches.in_shape[-1]
+        if images.ndim != 4 or images.shape[-1] != channels:
+            raise LayerError(f"images have shape {images.shape}: the model takes [B, Y, X, {channels}]")
+        return images.shape
+
+    def _positions(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+        """Vectors of the class tokens' positions, and [patches, D] of a grid's."""
+        table = constrain(self.positions.table[...], None, None)
+        count = len(table) - self.grid[0] * self.grid[1]
+        first, rest = table[:count], table[count:]
+        if grid != self.grid:
+            on_grid = rest.reshape(*self.grid, -1)
+            rest = resize_bicubic(on_grid, grid, antialias=self.antialias).reshape(-1, on_grid.shape[-1])
+        return first, rest
 
 
 def patch_grid(image_size: tuple[int, int], patch_size: tuple[int, int]) -> tuple[int, int]:

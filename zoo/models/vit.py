@@ -23,10 +23,9 @@ from zoo.kernels import Mask
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import LayerError, Linear, Precision, check_sizes, normal
+from zoo.layers.linear import LayerError, Linear, Precision, check_sizes
 from zoo.layers.norms import LayerNorm
-from zoo.layers.patches import cut_into_patches, patch_grid, resize_bicubic
-from zoo.layers.positions import LearnedPositions
+from zoo.layers.patches import ImageTokens, patch_grid
 from zoo.layers.transformer import Block, Intermediates, LayerScale, Stack
 from zoo.models.published import (
     LABELS,
@@ -106,7 +105,7 @@ class VitConfig:
 
     image_size: tuple[int, int] = (224, 224)
     patch_size: tuple[int, int] = (16, 16)
-    channels: int = 3
+    image_channels: int = 3
     num_layers: int = 12
     width: int = 768
     num_heads: int = 12
@@ -129,8 +128,10 @@ class VitConfig:
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        check_sizes(**{name: getattr(self, name) for name in ("channels", "num_layers", "width", "num_heads")})
-        check_sizes(mlp_width=self.mlp_width, registers=self.registers + 1)
+        check_sizes(**{name: getattr(self, name) for name in ("image_channels", "num_layers", "width", "num_heads")})
+        check_sizes(mlp_width=self.mlp_width)
+        if self.registers < 0:
+            raise LayerError(f"registers {self.registers} is no number of tokens: choose a whole number from 0")
         for name in ("image_size", "patch_size"):
             y, x = getattr(self, name)
             check_sizes(**{f"{name} down": y, f"{name} across": x})
@@ -140,12 +141,7 @@ class VitConfig:
                 raise LayerError(f"{name} {getattr(self, name)!r} is unknown: choose one of {names}")
         if not self.labels:
             raise LayerError("labels () are none: name each class")
-        self.grid  # noqa: B018  # Raises where an image has no patch.
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Patches down and across an image of image_size."""
-        return patch_grid(self.image_size, self.patch_size)
+        patch_grid(self.image_size, self.patch_size)  # Raises where an image is smaller than a patch.
 
     @property
     def class_tokens(self) -> int:
@@ -166,7 +162,7 @@ class VitConfig:
         length = self.class_tokens + self.registers + patches
         of_a_token = 4 * self.width**2 + (2 + self.gated) * self.width * self.mlp_width + 2 * length * self.width
         total = self.num_layers * length * of_a_token
-        total += patches * self.patch_size[0] * self.patch_size[1] * self.channels * self.width
+        total += patches * self.patch_size[0] * self.patch_size[1] * self.image_channels * self.width
         outputs = {"none": 0, "pooler": self.width, "classification": len(self.labels)}[self.head]
         return 2.0 * (total + self.pooled_width * outputs)
 
@@ -210,7 +206,7 @@ class VitConfig:
         own = _vit_fields(fields, width) if model_type == "vit" else _dino_fields(fields, width, traits)
         return cls(
             patch_size=_sides(fields, "patch_size", 16 if model_type != "dinov2" else 14),
-            channels=size({"num_channels": 3} | dict(fields), "num_channels"),
+            image_channels=size({"num_channels": 3} | dict(fields), "num_channels"),
             num_layers=size(fields, "num_hidden_layers"),
             width=width,
             num_heads=size(fields, "num_attention_heads"),
@@ -232,7 +228,7 @@ class VitConfig:
             "model_type": form.model_type,
             "image_size": _written(self.image_size),
             "patch_size": _written(self.patch_size),
-            "num_channels": self.channels,
+            "num_channels": self.image_channels,
             "num_hidden_layers": self.num_layers,
             "hidden_size": self.width,
             "num_attention_heads": self.num_heads,
@@ -374,15 +370,18 @@ class Vit(nnx.Module):
 
     def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width, rows, columns = config.width, *config.grid
-        common = {"rngs": rngs, "precision": config.precision, "init": init}
-        kernel_axes = ("kernel_y", "kernel_x", None, "embed")
-        self.patches = Linear((*config.patch_size, config.channels), width, axes=kernel_axes, **common)
-        self.positions = LearnedPositions(config.class_tokens + rows * columns, width, **common)
-        self.class_token = _tokens(config.class_tokens, config, init, rngs)
-        # As DINOv2's code has them, which from zero would all stay the same.
-        self.registers = _tokens(config.registers, config, normal(1e-6), rngs)
-        self.mask_token = _tokens(int(config.mask_token), config, jax.nn.initializers.zeros, rngs)
+        width, common = config.width, {"rngs": rngs, "precision": config.precision, "init": init}
+        self.tokens = ImageTokens(
+            config.image_size,
+            config.patch_size,
+            config.image_channels,
+            width,
+            class_tokens=config.class_tokens,
+            registers=config.registers,
+            mask_token=config.mask_token,
+            antialias=config.antialias,
+            **common,
+        )
         self.stack = Stack(lambda rngs: vit_block(config, rngs=rngs), config.num_layers, remat=config.remat, rngs=rngs)
         self.norm = LayerNorm(width, epsilon=config.norm_epsilon, precision=config.precision)
         pooler = partial(Linear, config.pooled_width, width, axes=("embed", "embed"), **common)
@@ -409,7 +408,7 @@ class Vit(nnx.Module):
         return_intermediates: also give the hidden states and attention weights of every layer.
         """
         embed_key, stack_key = split(key, 2)
-        x = dropout(self.embed(images, masked), self.config.dropout, embed_key)
+        x = dropout(self.tokens(images, masked), self.config.dropout, embed_key)
         x, _, intermediates = self.stack(x, masks=[mask], key=stack_key, return_intermediates=return_intermediates)
         x = self.norm(x)
         pooled, logits = self._pooled(x), None
@@ -418,35 +417,6 @@ class Vit(nnx.Module):
         if self.classifier is not None:
             logits = self.classifier(pooled)
         return VitOutput(x, constrain(pooled, "act_batch", "act_embed"), logits, intermediates)
-
-    def embed(self, images: jax.Array, masked: jax.Array | None = None) -> jax.Array:
-        """What enters the first block, [B, T, D]: of the class token, the registers, and the patches row by row."""
-        if images.ndim != 4 or images.shape[-1] != self.config.channels:
-            raise LayerError(f"images have shape {images.shape}: the model takes [B, Y, X, {self.config.channels}]")
-        x = self.patches(cut_into_patches(images, self.config.patch_size))
-        if masked is not None:
-            if self.mask_token is None:
-                raise LayerError("masked was given, and this model has no mask token: build it with mask_token=True")
-            x = jnp.where(masked[..., None], self.mask_token[...].astype(x.dtype), x)
-        _, height, width, _ = images.shape
-        class_position, positions = self._positions(patch_grid((height, width), self.config.patch_size))
-        parts = [x + positions.astype(x.dtype)]
-        if self.registers is not None:
-            parts.insert(0, self.registers[...])
-        if self.class_token is not None:
-            parts.insert(0, self.class_token[...] + class_position)
-        parts = [jnp.broadcast_to(part.astype(x.dtype), (len(x), *part.shape[-2:])) for part in parts]
-        return constrain(jnp.concatenate(parts, 1), "act_batch", "act_length", "act_embed")
-
-    def _positions(self, grid: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
-        """Vectors [1, D] of the class token's position (or [0, D]) and [patches, D] of a grid's."""
-        config = self.config
-        table = constrain(self.positions.table[...], None, None)
-        first, rest = table[: config.class_tokens], table[config.class_tokens :]
-        if grid != config.grid:
-            on_grid = rest.reshape(*config.grid, config.width)
-            rest = resize_bicubic(on_grid, grid, antialias=config.antialias).reshape(-1, config.width)
-        return first, rest
 
     def _pooled(self, x: jax.Array) -> jax.Array:
         first = x[:, 0]
@@ -457,28 +427,20 @@ class Vit(nnx.Module):
         return mean if self.config.pool == "mean" else jnp.concatenate([first, mean], -1)
 
 
-def _tokens(count: int, config: VitConfig, init: Any, rngs: nnx.Rngs) -> nnx.Param | None:
-    """Learned vectors [count, D] that stand in a sequence beside what is computed; None where there are none."""
-    if not count:
-        return None
-    dtype = jnp.dtype(config.precision.parameters)
-    return nnx.Param(init(rngs.params(), (count, config.width), dtype), axes=("positions", "embed"))
-
-
 def _layout(config: VitConfig) -> Layout:
     form = config.form()
     vit = form.model_type == "vit"
     weights = [
-        Weight("embeddings.cls_token", ("class_token",), "1 t d -> t d"),
-        Weight("embeddings.position_embeddings", ("positions.table",), "1 t d -> t d"),
-        *linear("embeddings.patch_embeddings.projection", "patches", "d c y x -> y x c d", "d -> d"),
+        Weight("embeddings.cls_token", ("tokens.class_tokens",), "1 t d -> t d"),
+        Weight("embeddings.position_embeddings", ("tokens.positions.table",), "1 t d -> t d"),
+        *linear("embeddings.patch_embeddings.projection", "tokens.patches", "d c y x -> y x c d", "d -> d"),
         *(_vit_layer if vit else _dino_layer)(config),
         *norm("layernorm", "norm"),
     ]
     if config.mask_token:
-        weights.append(Weight("embeddings.mask_token", ("mask_token",), "t d -> t d"))
+        weights.append(Weight("embeddings.mask_token", ("tokens.mask_token",), "t d -> t d"))
     if config.registers:
-        weights.append(Weight("embeddings.register_tokens", ("registers",), "1 t d -> t d"))
+        weights.append(Weight("embeddings.register_tokens", ("tokens.registers",), "1 t d -> t d"))
     if config.head == "pooler":
         weights += linear("pooler.dense", "pooler", "e d -> d e", "e -> e")
     weights = [dataclasses.replace(weight, name=form.prefix + weight.name) for weight in weights]
