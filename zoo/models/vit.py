@@ -505,6 +505,20 @@ _SIZES = {
 }
 
 PRESETS = {
+    "vit-digits": VitConfig(
+        image_size=(8, 8),
+        patch_size=(2, 2),
+        image_channels=1,
+        num_layers=4,
+        width=64,
+        num_heads=4,
+        mlp_width=128,
+        head="classification",
+        pool="mean",
+        labels=tuple("0123456789"),
+        norm_epsilon=1e-6,
+        dropout=0.1,
+    ),
     "vit-small-patch16-224": dataclasses.replace(_BASE, **_SIZES["small"], **_SCORES),
     "vit-base-patch16-224": dataclasses.replace(_BASE, **_SCORES),
     "vit-base-patch16-224-in21k": _BASE,
