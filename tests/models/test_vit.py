@@ -12,9 +12,9 @@ from zoo import models, sharding
 from zoo.kernels import Mask
 from zoo.layers.linear import LayerError, Precision
 from zoo.models.published import PublishedError
-from zoo.models.vit import FORMS, POOLS, Vit, VitConfig
+from zoo.models.vit import FORMS, POOLS, ViT, ViTConfig
 
-TINY = VitConfig(
+TINY = ViTConfig(
     image_size=(8, 12),
     patch_size=(4, 2),
     num_layers=2,
@@ -40,11 +40,11 @@ IMAGES = jax.random.normal(jax.random.key(1), (4, 8, 12, 3))
 
 
 @functools.cache
-def lively(config: VitConfig = TINY) -> Vit:
+def lively(config: ViTConfig = TINY) -> ViT:
     return jax.jit(lambda: moved(config.build(nnx.Rngs(0))))()
 
 
-def moved(model: Vit) -> Vit:
+def moved(model: ViT) -> ViT:
     """Scores vary: ten times the usual weights, and vectors that are not all 0 or 1."""
     leaves, structure = jax.tree.flatten(model, is_leaf=sharding.is_variable)
     values = []
@@ -55,7 +55,7 @@ def moved(model: Vit) -> Vit:
 
 
 @jax.jit
-def run(model: Vit, images: jax.Array, **arguments: Any) -> Any:
+def run(model: ViT, images: jax.Array, **arguments: Any) -> Any:
     return model(images, **arguments)
 
 
@@ -186,7 +186,7 @@ def test_bfloat16_is_close_to_float32() -> None:
 def test_sharded_equals_unsharded_with_dropout_at_another_size() -> None:
     config, images = dataclasses.replace(DINO, dropout=0.1), IMAGES[:, :, :6]
 
-    def loss(model: Vit, images: jax.Array) -> jax.Array:
+    def loss(model: ViT, images: jax.Array) -> jax.Array:
         logits = model(images, key=jax.random.key(3)).logits
         assert logits is not None
         return -jax.nn.log_softmax(logits)[:, 1].mean()
@@ -204,7 +204,7 @@ def test_sharded_equals_unsharded_with_dropout_at_another_size() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
 
-def published(form) -> VitConfig:
+def published(form) -> ViTConfig:
     """A config that has that published form."""
     base = TINY if form.model_type == "vit" else DINO
     registers = {"registers": 3 if form.traits["registers"] else 0}
@@ -215,10 +215,10 @@ def published(form) -> VitConfig:
 @pytest.mark.parametrize("form", FORMS, ids=lambda form: form.name)
 def test_configs_come_back(form) -> None:
     config = dataclasses.replace(published(form), problem_type="regression", qkv_bias=False, activation="relu")
-    assert VitConfig.from_published(config.to_published()) == config
+    assert ViTConfig.from_published(config.to_published()) == config
     if form.model_type != "vit":
         gated = dataclasses.replace(config, gated=True, mlp_width=48, activation="silu")
-        assert gated.to_published()["mlp_ratio"] == 2 and VitConfig.from_published(gated.to_published()) == gated
+        assert gated.to_published()["mlp_ratio"] == 2 and ViTConfig.from_published(gated.to_published()) == gated
 
 
 @pytest.mark.parametrize("name", ["vit-base-patch16-224-in21k", "dinov2-base", "dinov2-with-registers-giant"])
@@ -227,7 +227,7 @@ def test_what_a_config_leaves_out_is_as_published(name) -> None:
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "image_size", "patch_size")
     fields = config.to_published()
     kept = (*names, "architectures", "model_type", "use_swiglu_ffn")
-    assert VitConfig.from_published({name: fields[name] for name in kept if name in fields}) == config
+    assert ViTConfig.from_published({name: fields[name] for name in kept if name in fields}) == config
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_what_a_config_leaves_out_is_as_published(name) -> None:
 )
 def test_a_published_config_that_is_none_of_these_is_refused_by_name(form, fields, message) -> None:
     with pytest.raises(PublishedError, match=message) as refused:
-        VitConfig.from_published(published(FORMS[form]).to_published() | fields)
+        ViTConfig.from_published(published(FORMS[form]).to_published() | fields)
     assert "\n" not in str(refused.value)
 
 

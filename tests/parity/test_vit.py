@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from zoo.models.vit import FORMS, Vit, VitOutput
+from zoo.models.vit import FORMS, ViT, ViTOutput
 from zoo.pretrained import from_pretrained, gathered, groups, save_pretrained
 
 FOLDER = Path(__file__).parent / "vit"
@@ -24,7 +24,7 @@ CASES = (
 )
 
 
-def loss(out: VitOutput, golden: dict[str, Any]) -> jax.Array:
+def loss(out: ViTOutput, golden: dict[str, Any]) -> jax.Array:
     """As make_vit.py computes it."""
     if out.logits is not None:
         return -jnp.take_along_axis(jax.nn.log_softmax(out.logits), golden["labels"][:, None], -1).mean()
@@ -39,11 +39,11 @@ def assert_close(found: Any, expected: Any, name: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_outputs_loss_and_gradients_agree(case) -> None:
     model, golden = from_pretrained(FOLDER / case), dict(np.load(FOLDER / case / "golden.npz"))
-    assert isinstance(model, Vit)
+    assert isinstance(model, ViT)
 
     @jax.jit
-    def run(model: Vit) -> Any:
-        def of(model: Vit) -> tuple[jax.Array, VitOutput]:
+    def run(model: ViT) -> Any:
+        def of(model: ViT) -> tuple[jax.Array, ViTOutput]:
             out = model(golden["images"], masked=golden.get("masked"), return_intermediates=True)
             return loss(out, golden), out
 
@@ -76,7 +76,7 @@ DINO = MEANS_NOTHING_HERE | {
 @pytest.mark.parametrize("case", CASES)
 def test_what_was_read_is_written_back_bit_for_bit(case, tmp_path) -> None:
     model = from_pretrained(FOLDER / case)
-    assert isinstance(model, Vit)
+    assert isinstance(model, ViT)
     save_pretrained(model, tmp_path)
     found, expected = (load_file(place / "model.safetensors") for place in (tmp_path, FOLDER / case))
     assert found.keys() == expected.keys()

@@ -1,13 +1,13 @@
 """A small vision transformer on handwritten digits that every install has."""
 
-from zoo.models.vit import PRESETS, VitConfig
+from zoo.models.vit import PRESETS, ViTConfig
 from zoo.train.data.images import ImageData
 from zoo.train.experiment import Experiment, Optimizer
 from zoo.train.objectives import Classification
 from zoo.train.samplers import ClassSampler
 
 
-def vit_digits() -> Experiment[VitConfig, ImageData, Classification, ClassSampler]:
+def vit_digits() -> Experiment[ViTConfig, ImageData, Classification, ClassSampler]:
     """A ViT on scikit-learn's digits: two minutes on two CPU cores, ends in a grid of classified images.
 
     Command:  zoo train vit-digits

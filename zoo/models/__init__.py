@@ -11,14 +11,14 @@ FAMILIES = ("bert", "gpt", "llama", "unet", "vit")
 # The `model_type` of a published config.json, and whose config class reads it.
 PUBLISHED = {
     "bert": ("bert", "BertConfig"),
-    "dinov2": ("vit", "VitConfig"),
-    "dinov2_with_registers": ("vit", "VitConfig"),
+    "dinov2": ("vit", "ViTConfig"),
+    "dinov2_with_registers": ("vit", "ViTConfig"),
     "gpt2": ("gpt", "GPTConfig"),
     "llama": ("llama", "LlamaConfig"),
     "mistral": ("llama", "LlamaConfig"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),
-    "vit": ("vit", "VitConfig"),
+    "vit": ("vit", "ViTConfig"),
 }
 
 

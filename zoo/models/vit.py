@@ -5,8 +5,8 @@ Transformers Need Registers". A class token stands before the patches unless cla
 patches alone (Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k").
 
 An image of another size than the model's has its positions resampled bicubically, as Hugging Face transformers 5.23
-does, up to rounding: from the four nearest, and antialiased where there are registers. The code that DINOv2 without
-registers was released with adds 0.1 to the sides of the new grid before it divides, and differs from that by a little.
+does to square ones, up to rounding: from the four nearest, and antialiased where there are registers. The code that
+DINOv2 without registers was released with adds 0.1 to the sides of the new grid before it divides: it differs a little.
 """
 
 import dataclasses
@@ -54,10 +54,7 @@ init = jax.nn.initializers.truncated_normal(0.02)
 
 
 class Published(NamedTuple):
-    """A class of Hugging Face transformers: what its config.json says it is, and what of ours it is.
-
-    traits: the `traits` of a config that has this form.
-    """
+    """A class of Hugging Face transformers.  traits: those of a config that has this form, or the ones it settles."""
 
     name: str
     model_type: str
@@ -65,7 +62,7 @@ class Published(NamedTuple):
 
     @property
     def prefix(self) -> str:
-        """What the names of its tensors begin with: nothing where it is bare, the name of what it contains else."""
+        """What the names of its tensors begin with; nothing where it has no classifier."""
         return f"{self.model_type}." if self.traits["head"] == "classification" else ""
 
 
@@ -85,7 +82,7 @@ FORMS = (
 
 
 @dataclass(frozen=True)
-class VitConfig:
+class ViTConfig:
     """A ViT's sizes; the defaults are those of ViT-B/16 for images of 224 x 224, bare but for its pooler.
 
     image_size, patch_size: (Y, X) in pixels. Images of other sizes have their positions resampled.
@@ -151,8 +148,8 @@ class VitConfig:
     def pooled_width(self) -> int:
         return self.width * (2 if self.pool == "class_and_mean" else 1)
 
-    def build(self, rngs: nnx.Rngs) -> "Vit":
-        return Vit(self, rngs=rngs)
+    def build(self, rngs: nnx.Rngs) -> "ViT":
+        return ViT(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
         """FLOPs of the forward pass of one image (Y, X, C): matrix products alone, a multiply-add being two."""
@@ -192,7 +189,7 @@ class VitConfig:
         return nearest
 
     @classmethod
-    def from_published(cls, fields: Mapping[str, Any]) -> "VitConfig":
+    def from_published(cls, fields: Mapping[str, Any]) -> "ViTConfig":
         """From the config.json of a ViT or a DINOv2; raises PublishedError for one that this module cannot be."""
         model_type = fields.get("model_type", "vit")
         forms = {form.name: form for form in FORMS if form.model_type == model_type}
@@ -280,7 +277,9 @@ def _dino_fields(fields: Mapping[str, Any], width: int, traits: Mapping[str, Any
         raise PublishedError(
             f"config.json has image_size {list(image_size)}, and a DINOv2 here has square images alone"
         )
-    gated = flag(fields, "use_swiglu_ffn", False)
+    gated, registers = flag(fields, "use_swiglu_ffn", False), 0
+    if traits["registers"]:
+        registers = size({"num_register_tokens": 4} | dict(fields), "num_register_tokens")
     ratio = size({"mlp_ratio": 4} | dict(fields), "mlp_ratio")
     return {
         "image_size": image_size,
@@ -290,9 +289,7 @@ def _dino_fields(fields: Mapping[str, Any], width: int, traits: Mapping[str, Any
         "norm_epsilon": number(fields, "layer_norm_eps", 1e-6),
         "layer_scale": number(fields, "layerscale_value", 1.0),
         "mask_token": traits.get("mask_token") or flag(fields, "use_mask_token", True),
-        "registers": size({"num_register_tokens": 4} | dict(fields), "num_register_tokens")
-        if traits["registers"]
-        else 0,
+        "registers": registers,
     }
 
 
@@ -301,7 +298,7 @@ def _mlp_width(width: int, ratio: int, gated: bool) -> int:
     return (int(width * ratio * 2 / 3) + 7) // 8 * 8 if gated else width * ratio
 
 
-def _mlp_ratio(config: VitConfig) -> int:
+def _mlp_ratio(config: ViTConfig) -> int:
     for ratio in range(1, 2 * config.mlp_width // config.width + 2):
         if _mlp_width(config.width, ratio, config.gated) == config.mlp_width:
             return ratio
@@ -325,7 +322,7 @@ def _written(sides: tuple[int, int]) -> int | list[int]:
     return sides[0] if sides[0] == sides[1] else list(sides)
 
 
-class VitOutput(NamedTuple):
+class ViTOutput(NamedTuple):
     """hidden: [B, T, D], after the last normalisation: of the class token, the registers, and the patches row by row.
 
     pooled: [B, D], or [B, 2 D] of "class_and_mean"; with "pooler" as that leaves it.
@@ -340,7 +337,7 @@ class VitOutput(NamedTuple):
     intermediates: Intermediates | None = None
 
 
-def vit_block(config: VitConfig, *, rngs: nnx.Rngs) -> Block:
+def vit_block(config: ViTConfig, *, rngs: nnx.Rngs) -> Block:
     """One layer of a ViT."""
     common = {"rngs": rngs, "precision": config.precision, "init": init}
     attention = MultiHeadAttention(
@@ -361,14 +358,14 @@ def vit_block(config: VitConfig, *, rngs: nnx.Rngs) -> Block:
     return Block(attention, feedforward, norm, branch_scale=scale, dropout=config.dropout)
 
 
-class Vit(nnx.Module):
+class ViT(nnx.Module):
     """Images [B, Y, X, C] to hidden states, and to what the config's head makes of them.
 
     Pixels are as the model was trained on them: published ones are normalised by the mean and deviation that stand in
     the preprocessor_config.json beside the weights. Raises LayerError for images that the model cannot read.
     """
 
-    def __init__(self, config: VitConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         self.config = config
         width, common = config.width, {"rngs": rngs, "precision": config.precision, "init": init}
         self.tokens = ImageTokens(
@@ -399,7 +396,7 @@ class Vit(nnx.Module):
         mask: Mask = Mask(),
         key: jax.Array | None = None,
         return_intermediates: bool = False,
-    ) -> VitOutput:
+    ) -> ViTOutput:
         """What the head says of images [B, Y, X, C].
 
         masked: [B, patches], true where the mask token stands in for a patch.
@@ -416,7 +413,7 @@ class Vit(nnx.Module):
             pooled = jnp.tanh(self.pooler(pooled).astype(jnp.float32)).astype(x.dtype)
         if self.classifier is not None:
             logits = self.classifier(pooled)
-        return VitOutput(x, constrain(pooled, "act_batch", "act_embed"), logits, intermediates)
+        return ViTOutput(x, constrain(pooled, "act_batch", "act_embed"), logits, intermediates)
 
     def _pooled(self, x: jax.Array) -> jax.Array:
         first = x[:, 0]
@@ -427,7 +424,7 @@ class Vit(nnx.Module):
         return mean if self.config.pool == "mean" else jnp.concatenate([first, mean], -1)
 
 
-def _layout(config: VitConfig) -> Layout:
+def _layout(config: ViTConfig) -> Layout:
     form = config.form()
     vit = form.model_type == "vit"
     weights = [
@@ -449,7 +446,7 @@ def _layout(config: VitConfig) -> Layout:
     return Layout(tuple(weights), prefix=form.prefix)
 
 
-def _attention(config: VitConfig) -> list[Weight]:
+def _attention(config: ViTConfig) -> list[Weight]:
     layer, block = "encoder.layer.{}.attention", "stack.blocks.*.attention"
     bias = "(n h) -> n h" if config.qkv_bias else None
     weights = [
@@ -460,7 +457,7 @@ def _attention(config: VitConfig) -> list[Weight]:
     return [*weights, *linear(f"{layer}.output.dense", f"{block}.out", "d (n h) -> n h d", "d -> d")]
 
 
-def _vit_layer(config: VitConfig) -> list[Weight]:
+def _vit_layer(config: ViTConfig) -> list[Weight]:
     layer, block = "encoder.layer.{}", "stack.blocks.*"
     return [
         *_attention(config),
@@ -471,7 +468,7 @@ def _vit_layer(config: VitConfig) -> list[Weight]:
     ]
 
 
-def _dino_layer(config: VitConfig) -> list[Weight]:
+def _dino_layer(config: ViTConfig) -> list[Weight]:
     layer, block = "encoder.layer.{}", "stack.blocks.*"
     up, down = f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"
     into = linear(up, f"{block}.feedforward.up", "f d -> d f", "f -> f")
@@ -491,10 +488,10 @@ def _dino_layer(config: VitConfig) -> list[Weight]:
 
 
 _IMAGENET = tuple(f"LABEL_{i}" for i in range(1000))
-_BASE = VitConfig()
-_LARGE = VitConfig(num_layers=24, width=1024, num_heads=16, mlp_width=4096)
+_BASE = ViTConfig()
+_LARGE = ViTConfig(num_layers=24, width=1024, num_heads=16, mlp_width=4096)
 _SCORES = {"head": "classification", "labels": _IMAGENET}
-_DINOV2 = VitConfig(
+_DINOV2 = ViTConfig(
     image_size=(518, 518), patch_size=(14, 14), head="none", layer_scale=1.0, mask_token=True, norm_epsilon=1e-6
 )
 _SIZES = {
@@ -505,7 +502,7 @@ _SIZES = {
 }
 
 PRESETS = {
-    "vit-digits": VitConfig(
+    "vit-digits": ViTConfig(
         image_size=(8, 8),
         patch_size=(2, 2),
         image_channels=1,
@@ -524,7 +521,7 @@ PRESETS = {
     "vit-base-patch16-224-in21k": _BASE,
     "vit-base-patch16-384": dataclasses.replace(_BASE, image_size=(384, 384), **_SCORES),
     "vit-large-patch16-224": dataclasses.replace(_LARGE, **_SCORES),
-    "vit-huge-patch14-224-in21k": VitConfig(
+    "vit-huge-patch14-224-in21k": ViTConfig(
         patch_size=(14, 14), num_layers=32, width=1280, num_heads=16, mlp_width=5120
     ),
     **{f"dinov2-{name}": dataclasses.replace(_DINOV2, **sizes) for name, sizes in _SIZES.items()},
