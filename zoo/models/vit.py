@@ -426,12 +426,11 @@ class ViT(nnx.Module):
 
 def _layout(config: ViTConfig) -> Layout:
     form = config.form()
-    vit = form.model_type == "vit"
     weights = [
         Weight("embeddings.cls_token", ("tokens.class_tokens",), "1 t d -> t d"),
         Weight("embeddings.position_embeddings", ("tokens.positions.table",), "1 t d -> t d"),
         *linear("embeddings.patch_embeddings.projection", "tokens.patches", "d c y x -> y x c d", "d -> d"),
-        *(_vit_layer if vit else _dino_layer)(config),
+        *_layer(config, vit=form.model_type == "vit"),
         *norm("layernorm", "norm"),
     ]
     if config.mask_token:
@@ -446,50 +445,33 @@ def _layout(config: ViTConfig) -> Layout:
     return Layout(tuple(weights), prefix=form.prefix)
 
 
-def _attention(config: ViTConfig) -> list[Weight]:
-    layer, block = "encoder.layer.{}.attention", "stack.blocks.*.attention"
+def _layer(config: ViTConfig, *, vit: bool) -> list[Weight]:
+    layer, block = "encoder.layer.{}", "stack.blocks.*"
     bias = "(n h) -> n h" if config.qkv_bias else None
-    weights = [
-        weight
-        for part in ("query", "key", "value")
-        for weight in linear(f"{layer}.attention.{part}", f"{block}.{part}", "(n h) d -> d n h", bias)
-    ]
-    return [*weights, *linear(f"{layer}.output.dense", f"{block}.out", "d (n h) -> n h d", "d -> d")]
-
-
-def _vit_layer(config: ViTConfig) -> list[Weight]:
-    layer, block = "encoder.layer.{}", "stack.blocks.*"
-    return [
-        *_attention(config),
-        *norm(f"{layer}.layernorm_before", f"{block}.attention_norm"),
-        *norm(f"{layer}.layernorm_after", f"{block}.feedforward_norm"),
-        *linear(f"{layer}.intermediate.dense", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
-        *linear(f"{layer}.output.dense", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
-    ]
-
-
-def _dino_layer(config: ViTConfig) -> list[Weight]:
-    layer, block = "encoder.layer.{}", "stack.blocks.*"
-    up, down = f"{layer}.mlp.fc1", f"{layer}.mlp.fc2"
-    into = linear(up, f"{block}.feedforward.up", "f d -> d f", "f -> f")
+    weights = []
+    for part in ("query", "key", "value"):
+        weights += linear(f"{layer}.attention.attention.{part}", f"{block}.attention.{part}", "(n h) d -> d n h", bias)
+    weights += linear(f"{layer}.attention.output.dense", f"{block}.attention.out", "d (n h) -> n h d", "d -> d")
+    before, after = ("layernorm_before", "layernorm_after") if vit else ("norm1", "norm2")
+    weights += norm(f"{layer}.{before}", f"{block}.attention_norm")
+    weights += norm(f"{layer}.{after}", f"{block}.feedforward_norm")
     if config.gated:
-        up, down = f"{layer}.mlp.weights_in", f"{layer}.mlp.weights_out"
+        up, down = "mlp.weights_in", "mlp.weights_out"
         gate_and_up = (f"{block}.feedforward.gate", f"{block}.feedforward.up")
-        into = linear(up, gate_and_up, "(part f) d -> part d f", "(part f) -> part f")
-    return [
-        *_attention(config),
-        *norm(f"{layer}.norm1", f"{block}.attention_norm"),
-        *norm(f"{layer}.norm2", f"{block}.feedforward_norm"),
-        Weight(f"{layer}.layer_scale1.lambda1", (f"{block}.attention_scale.scale",), "d -> d"),
-        Weight(f"{layer}.layer_scale2.lambda1", (f"{block}.feedforward_scale.scale",), "d -> d"),
-        *into,
-        *linear(down, f"{block}.feedforward.down", "d f -> f d", "d -> d"),
-    ]
+        weights += linear(f"{layer}.{up}", gate_and_up, "(part f) d -> part d f", "(part f) -> part f")
+    else:
+        up, down = ("intermediate.dense", "output.dense") if vit else ("mlp.fc1", "mlp.fc2")
+        weights += linear(f"{layer}.{up}", f"{block}.feedforward.up", "f d -> d f", "f -> f")
+    weights += linear(f"{layer}.{down}", f"{block}.feedforward.down", "d f -> f d", "d -> d")
+    if config.layer_scale is not None:
+        for i, branch in enumerate(("attention", "feedforward"), 1):
+            name = f"{layer}.layer_scale{i}.lambda1"
+            weights.append(Weight(name, (f"{block}.{branch}_scale.scale",), "d -> d"))
+    return weights
 
 
 _IMAGENET = tuple(f"LABEL_{i}" for i in range(1000))
 _BASE = ViTConfig()
-_LARGE = ViTConfig(num_layers=24, width=1024, num_heads=16, mlp_width=4096)
 _SCORES = {"head": "classification", "labels": _IMAGENET}
 _DINOV2 = ViTConfig(
     image_size=(518, 518), patch_size=(14, 14), head="none", layer_scale=1.0, mask_token=True, norm_epsilon=1e-6
@@ -520,7 +502,7 @@ PRESETS = {
     "vit-base-patch16-224": dataclasses.replace(_BASE, **_SCORES),
     "vit-base-patch16-224-in21k": _BASE,
     "vit-base-patch16-384": dataclasses.replace(_BASE, image_size=(384, 384), **_SCORES),
-    "vit-large-patch16-224": dataclasses.replace(_LARGE, **_SCORES),
+    "vit-large-patch16-224": dataclasses.replace(_BASE, **_SIZES["large"], **_SCORES),
     "vit-huge-patch14-224-in21k": ViTConfig(
         patch_size=(14, 14), num_layers=32, width=1280, num_heads=16, mlp_width=5120
     ),
