@@ -27,15 +27,20 @@ from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions, SequenceError, check_length
 from zoo.layers.transformer import Block, Intermediates, Stack
 from zoo.models.published import (
+    LABELS,
+    PROBLEMS,
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     activation,
+    labels,
     linear,
     norm,
     number,
+    problem,
     published_activation,
+    published_labels,
     require,
     size,
 )
@@ -65,11 +70,6 @@ HEADS = {
     "token_classification": HeadKind("BertForTokenClassification", classifier="hidden"),
     "question_answering": HeadKind("BertForQuestionAnswering", classifier="hidden"),
 }
-
-LABELS = ("LABEL_0", "LABEL_1")
-"""What Hugging Face transformers calls labels that nobody named."""
-
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 init = jax.nn.initializers.truncated_normal(0.02)
 
@@ -167,14 +167,9 @@ class BertConfig:
             raise PublishedError(
                 f"config.json has architectures {architectures!r}, and a BERT here is one of {', '.join(classes)}"
             )
-        head, labels = classes[architectures[0]], _labels(fields)
-        if head == "question_answering" and len(labels) != 2:
-            raise PublishedError(f"config.json has {len(labels)} labels, and a BERT that answers questions has 2")
-        problem_type = fields.get("problem_type")
-        if problem_type not in (None, *PROBLEMS):
-            raise PublishedError(
-                f"config.json has problem_type {problem_type!r}, which is none of {', '.join(PROBLEMS)}"
-            )
+        head, names = classes[architectures[0]], labels(fields, "BERT")
+        if head == "question_answering" and len(names) != 2:
+            raise PublishedError(f"config.json has {len(names)} labels, and a BERT that answers questions has 2")
         classifier_dropout = fields.get("classifier_dropout")
         return cls(
             vocab_size=size(fields, "vocab_size"),
@@ -185,8 +180,8 @@ class BertConfig:
             num_heads=size(fields, "num_attention_heads"),
             mlp_width=size(fields, "intermediate_size"),
             head=head,
-            labels=labels,
-            problem_type=problem_type,
+            labels=names,
+            problem_type=problem(fields),
             activation=activation(fields, "hidden_act", "gelu"),
             norm_epsilon=number(fields, "layer_norm_eps", 1e-12),
             dropout=number(fields, "hidden_dropout_prob", 0.1),
@@ -214,28 +209,13 @@ class BertConfig:
             "classifier_dropout": self.classifier_dropout,
             "tie_word_embeddings": True,
         }
-        if self.labels != LABELS:
-            fields["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-            fields["label2id"] = {label: i for i, label in enumerate(self.labels)}
+        fields |= published_labels(self.labels)
         if self.problem_type is not None:
             fields["problem_type"] = self.problem_type
         return fields | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return _layout(self.kind)
-
-
-def _labels(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of classes, from id2label, or from their number where none are named."""
-    named = fields.get("id2label")
-    if named is None:
-        return tuple(f"LABEL_{i}" for i in range(size({"num_labels": 2} | dict(fields), "num_labels")))
-    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
-    if not numbers or set(named) != set(numbers) or not all(isinstance(label, str) for label in named.values()):
-        raise PublishedError(f"config.json has id2label {named!r}, which does not name classes by their numbers from 0")
-    labels = tuple(named[i] for i in numbers)
-    require(fields, f"BERT with id2label {named!r}", label2id={label: i for i, label in enumerate(labels)})
-    return labels
 
 
 class BertOutput(NamedTuple):
