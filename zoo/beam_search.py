@@ -13,7 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.generation import GenerationError, Padded, check_request, laid_out, padded_rows, power_of_two, read, stops
+from zoo.generation import (
+    GenerationError,
+    Padded,
+    check_request,
+    laid_out,
+    padded_rows,
+    permitted,
+    power_of_two,
+    read,
+    stops,
+)
 from zoo.sharding import constrain
 
 
@@ -79,7 +89,8 @@ def _search(
     # All beams are alike at first: the continuations of one compete.
     first = none._replace(scores=none.scores.at[:, 0].set(0.0))
     state = State(first, none, jnp.ones(batch_size, bool), cache.cut(prompts.lengths).rows(rows))
-    grow = partial(_grow, stop_tokens=stop_tokens, steps=steps, penalty=penalty, early=early)
+    special = model.config.special_tokens
+    grow = partial(_grow, special=special, stop_tokens=stop_tokens, steps=steps, penalty=penalty, early=early)
 
     def unfinished(state: State) -> jax.Array:
         return (state.running.lengths[0, 0] < steps) & state.open.any()
@@ -100,6 +111,7 @@ def _grow(
     state: State,
     logits: jax.Array,
     *,
+    special: Any,
     stop_tokens: jax.Array,
     steps: jax.Array,
     penalty: jax.Array,
@@ -109,7 +121,8 @@ def _grow(
     running, ended = state.running, state.ended
     batch_size, num_beams, _ = running.tokens.shape
     length = running.lengths[0, 0] + 1
-    logp = jax.nn.log_softmax(logits).reshape(batch_size, num_beams, -1) + running.scores[..., None]
+    logp = permitted(jax.nn.log_softmax(logits), special, length - 1, steps)
+    logp = logp.reshape(batch_size, num_beams, -1) + running.scores[..., None]
     # So many that W of them go on, even if every beam's best continuations are stop tokens.
     kept = max(2, 1 + len(stop_tokens)) * num_beams
     scores, chosen = jax.lax.top_k(logp.reshape(batch_size, -1), min(kept, logp[0].size))
@@ -129,7 +142,7 @@ def _grow(
     betterable = running.scores[:, 0] / length**penalty > ended.scores[:, -1]
     open = state.open & (~complete | (betterable & (not early)))
     beams = jnp.arange(batch_size)[:, None] * num_beams + jnp.take_along_axis(parents, survivors, axis=1)
-    return State(running, ended, open, state.cache.rows(beams.reshape(-1)))
+    return State(running, ended, open, state.cache.exchanged(beams.reshape(-1)))
 
 
 def beam_search(

@@ -80,13 +80,27 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 class State(NamedTuple):
     """tokens: [B, S], prompts and what followed.  lengths: [B], how many of a row's tokens are real.
 
-    done: [B], rows that a stop token ended.  cache: of the model; it holds all real tokens but each row's last.
+    begins: [B], how many of them are the prompt's.  done: [B], rows that a stop token ended.
+    cache: of the model; it holds all real tokens but each row's last.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    begins: jax.Array
     done: jax.Array
     cache: Any
+
+
+class Rules(NamedTuple):
+    """stop_tokens: int32, any of them ends a row.  room: [], how many tokens may follow a prompt.
+
+    sampling: how tokens are drawn; None: greedily.  key: for that.
+    """
+
+    stop_tokens: jax.Array
+    room: jax.Array | np.int32
+    sampling: Sampling | None
+    key: jax.Array
 
 
 class Padded(NamedTuple):
@@ -101,9 +115,7 @@ def _prefill(
     model: Any,
     prompts: Padded,
     sources: Padded | None,
-    sampling: Sampling | None,
-    stop_tokens: jax.Array,
-    key: jax.Array,
+    rules: Rules,
     *,
     slots: int,
 ) -> State:
@@ -111,8 +123,8 @@ def _prefill(
     tokens, lengths = prompts
     last, cache = read(model, prompts, sources, slots)
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-    state = State(tokens, lengths, jnp.zeros(len(tokens), bool), cache)
-    return _readable(_append(state, model.logits(last), sampling, stop_tokens, key))
+    state = State(tokens, lengths, lengths, jnp.zeros(len(tokens), bool), cache)
+    return _readable(_append(state, model, last, rules))
 
 
 def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tuple[jax.Array, Any]:
@@ -128,9 +140,7 @@ def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tup
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def _decode(
-    model: Any, state: State, steps: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
-) -> State:
+def _decode(model: Any, state: State, steps: jax.Array, rules: Rules) -> State:
     """Appends `steps` tokens to each row, fewer where a stop token comes."""
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
@@ -140,9 +150,7 @@ def _decode(
         count, state = carry
         last = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
         features = model.features(last, cache=state.cache)
-        state = state._replace(cache=features.cache)
-        state = _append(state, model.logits(features.hidden[:, 0]), sampling, stop_tokens, key)
-        return count + 1, state
+        return count + 1, _append(state._replace(cache=features.cache), model, features.hidden[:, 0], rules)
 
     return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
 
@@ -152,28 +160,45 @@ def _readable(state: State) -> State:
     return state._replace(
         tokens=constrain(state.tokens, None, None),
         lengths=constrain(state.lengths, None),
+        begins=constrain(state.begins, None),
         done=constrain(state.done, None),
     )
 
 
-def _append(
-    state: State, logits: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
-) -> State:
-    """Chooses a token for each row from logits [B, V] and appends it where the row goes on; sampling None is greedy."""
-    tokens, lengths, done, cache = state
+def _append(state: State, model: Any, hidden: jax.Array, rules: Rules) -> State:
+    """Chooses a token for each row from its last state [B, D] and appends it where the row goes on."""
+    tokens, lengths, begins, done, cache = state
     rows = jnp.arange(len(lengths))
-    if sampling is None:
+    logits = permitted(model.logits(hidden), model.config.special_tokens, lengths - begins, rules.room)
+    if rules.sampling is None:
         token = jnp.argmax(logits, axis=-1)
     else:
         # A key for each row and place: what a row draws does not depend on the number of rows or on how steps are cut.
-        keys = jax.vmap(lambda *where: jax.random.fold_in(jax.random.fold_in(key, where[0]), where[1]))(rows, lengths)
-        token = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
-    done = done | (token[:, None] == stop_tokens).any(-1)
+        keys = jax.vmap(lambda *where: jax.random.fold_in(jax.random.fold_in(rules.key, where[0]), where[1]))(
+            rows, lengths
+        )
+        token = jax.vmap(jax.random.categorical)(keys, filtered(logits, rules.sampling))
+    done = done | (token[:, None] == rules.stop_tokens).any(-1)
     place = jnp.where(done, tokens.shape[1], lengths)
     tokens = tokens.at[rows, place].set(token.astype(tokens.dtype), mode="drop")
     lengths = jnp.where(done, lengths, lengths + 1)
     # A row that is done runs along with the others; cutting its cache back keeps it from growing.
-    return State(tokens, lengths, done, cache.cut(lengths - 1))
+    return State(tokens, lengths, begins, done, cache.cut(lengths - 1))
+
+
+def permitted(scores: jax.Array, special: Any, made: jax.Array, room: jax.Array | np.int32) -> jax.Array:
+    """scores [..., V] of tokens, -inf for those that a model's special tokens rule out; 0 for one that is forced.
+
+    made: [...], how many tokens followed the prompt before this one, of the `room` there is.
+    """
+    vocabulary = jnp.arange(scores.shape[-1])
+    for token in special.banned:
+        scores = jnp.where(vocabulary == token, -jnp.inf, scores)
+    for token, place in ((special.first, 0), (special.last, room - 1)):
+        if token is not None:
+            forced = jnp.where(vocabulary == token, 0.0, -jnp.inf)
+            scores = jnp.where((made == place)[..., None], forced, scores)
+    return scores
 
 
 def generate(
@@ -205,22 +230,23 @@ def generate(
     if temperature > 0 and key is None:
         raise GenerationError(f"temperature {temperature} draws at random: give a key, or temperature 0")
     padded, slots = laid_out(model.config, prompts, max_new_tokens)
-    options = (
-        sampling if temperature > 0 else None,
+    rules = Rules(
         stops(model.config, stop_tokens),
+        np.int32(max_new_tokens),
+        sampling if temperature > 0 else None,
         jax.random.key(0) if key is None else key,
     )
 
     padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
-    state = _prefill(model, padded, padded_sources, *options, slots=slots)
+    state = _prefill(model, padded, padded_sources, rules, slots=slots)
     if callback is None:
-        state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
+        state = _decode(model, state, np.int32(max_new_tokens - 1), rules)
     else:
         seen = _emit(state, padded.lengths, callback)
         for _ in range(max_new_tokens - 1):
             if state.done.all():
                 break
-            state = _decode(model, state, np.int32(1), *options)
+            state = _decode(model, state, np.int32(1), rules)
             seen = _emit(state, seen, callback)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
     made = [tokens[row, padded.lengths[row] : ends[row]].tolist() for row in range(len(prompts))]

@@ -53,6 +53,10 @@ class KVCache:
         keys, values = (jnp.take(x, rows, axis=-4) for x in (self.keys, self.values))
         return KVCache(keys, values, jnp.take(self.lengths, rows, axis=-1))
 
+    def exchanged(self, rows: jax.Array) -> "KVCache":
+        """As `rows`, where each row is exchanged for one that continues the same prompt."""
+        return self.rows(rows)
+
 
 class AttentionOutput(NamedTuple):
     """output: [B, T, D].  cache: the one given, with what this call appended.

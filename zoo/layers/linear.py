@@ -175,11 +175,16 @@ class Embed(nnx.Module):
         padded = jnp.pad(table, ((0, -vocab_size % VOCABULARY_MULTIPLE), (0, 0)))
         self.table = nnx.Param(padded, axes=("vocab", "embed"), rows=vocab_size)
 
-    def __call__(self, tokens: jax.Array) -> jax.Array:
-        """The vectors of tokens [...], int: [..., D] in the compute dtype; NaN for one outside the padded table."""
+    def __call__(self, tokens: jax.Array, *, pad: int | None = None) -> jax.Array:
+        """The vectors of tokens [...], int: [..., D] in the compute dtype; NaN for one outside the padded table.
+
+        pad: a token whose vector learns nothing from here, as torch's padding_idx.
+        """
         # Rows are looked up whole: cut along D, the result would have to change layout on its way to the batch's.
         table = constrain(self.table[...], "act_vocab", None)
         vectors = table.at[tokens].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
+        if pad is not None:
+            vectors = jnp.where((tokens == pad)[..., None], jax.lax.stop_gradient(vectors), vectors)
         return vectors.astype(self.precision.compute)
 
     def attend(self, x: jax.Array) -> jax.Array:

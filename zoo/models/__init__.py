@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "t5", "unet", "vit")
+FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
@@ -18,6 +18,8 @@ PUBLISHED = {
     "mistral": ("llama", "LlamaConfig"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),
+    "bart": ("transformer", "TransformerConfig"),
+    "marian": ("transformer", "TransformerConfig"),
     "t5": ("t5", "T5Config"),
     "mt5": ("t5", "T5Config"),
     "vit": ("vit", "ViTConfig"),

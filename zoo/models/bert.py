@@ -349,7 +349,11 @@ class Bert(nnx.Module):
             keys = jnp.broadcast_to(real, tokens.shape).astype(jnp.int32)
             mask = mask & Mask(segments=(jnp.ones_like(keys), keys))
         embed_key, stack_key, _ = split(key, 3)  # The third is for what `__call__` drops of the results.
-        x = self._vectors_of(tokens) + self._vectors_of_types(token_types) + self.positions(positions)
+        x = (
+            self.embed(tokens, pad=self.config.special_tokens.pad)
+            + self._vectors_of_types(token_types)
+            + self.positions(positions)
+        )
         x = dropout(self.embed_norm(x), self.config.dropout, embed_key)
         x = constrain(x, "act_batch", "act_length", "act_embed")
         x, _, intermediates = self.stack(x, masks=[mask], key=stack_key, return_intermediates=return_intermediates)
@@ -374,11 +378,6 @@ class Bert(nnx.Module):
     def head(self) -> Head:
         """What `logits` scores with: the embedding's table [D, V padded] and a bias."""
         return self.embed.head()._replace(bias=self._word_head().bias[...])
-
-    def _vectors_of(self, tokens: jax.Array) -> jax.Array:
-        """[B, T, D]; a token that pads teaches its vector nothing, as published."""
-        x, pad = self.embed(tokens), self.config.special_tokens.pad
-        return x if pad is None else jnp.where((tokens == pad)[..., None], jax.lax.stop_gradient(x), x)
 
     def _vectors_of_types(self, token_types: jax.Array) -> jax.Array:
         """[..., D]; NaN for a type outside the table, as for a token outside the vocabulary."""

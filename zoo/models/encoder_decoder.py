@@ -47,6 +47,10 @@ class Cache:
         """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
         return Cache(self.own.rows(rows), self.source.rows(rows), jnp.take(self.source_segments, rows, axis=0))
 
+    def exchanged(self, rows: jax.Array) -> "Cache":
+        """As `rows`, where each row is exchanged for one of the same source: the sources' keys stay where they are."""
+        return dataclasses.replace(self, own=self.own.exchanged(rows))
+
 
 class Encoded(NamedTuple):
     """hidden: [B, S, D], what the decoder attends to.  segments: [B, S] int32, 0 where a token only pads.

@@ -99,26 +99,37 @@ class SpecialTokens:
     """Tokens with a meaning to generation, by their ids; None or () where there is none.
 
     bos begins a text, pad fills rows, any of eos ends a text, and start is what a decoder with an encoder begins with.
+    first and last are forced: the first that follows a prompt, and the last that there is room for. banned never come.
     """
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
     start: int | None = None
+    first: int | None = None
+    last: int | None = None
+    banned: tuple[int, ...] = ()
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
-        bos, eos, pad, start = (fields.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad", "decoder_start"))
+        kinds = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+        bos, eos, pad, start, first, last = (fields.get(f"{kind}_token_id") for kind in kinds)
+        words = fields.get("bad_words_ids") or []
+        if not isinstance(words, list) or any(not isinstance(word, list) or len(word) != 1 for word in words):
+            raise PublishedError(f"config.json has bad_words_ids {words!r}: here words of one token each are banned")
+        banned = tuple(token for (token,) in words)
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        for token in (bos, pad, start, *ends):
+        for token in (bos, pad, start, first, last, *ends, *banned):
             if token is not None and not isinstance(token, int):
                 raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
-        return cls(bos, ends, pad, start)
+        return cls(bos, ends, pad, start, first, last, banned)
 
     def to_published(self) -> dict[str, Any]:
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
         fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
-        return fields if self.start is None else fields | {"decoder_start_token_id": self.start}
+        others = {"decoder_start": self.start, "forced_bos": self.first, "forced_eos": self.last}
+        fields |= {f"{kind}_token_id": token for kind, token in others.items() if token is not None}
+        return fields | ({"bad_words_ids": [[token] for token in self.banned]} if self.banned else {})
 
 
 def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:
