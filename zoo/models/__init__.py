@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "unet")
+FAMILIES = ("bert", "gpt", "llama", "unet", "xlnet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
@@ -16,6 +16,7 @@ PUBLISHED = {
     "mistral": ("llama", "LlamaConfig"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),
+    "xlnet": ("xlnet", "XLNetConfig"),
 }
 
 

@@ -27,15 +27,19 @@ from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions, SequenceError, check_length
 from zoo.layers.transformer import Block, Intermediates, Stack
 from zoo.models.published import (
+    LABELS,
+    PROBLEMS,
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     activation,
+    class_labels,
     linear,
     norm,
     number,
     published_activation,
+    published_labels,
     require,
     size,
 )
@@ -65,11 +69,6 @@ HEADS = {
     "token_classification": HeadKind("BertForTokenClassification", classifier="hidden"),
     "question_answering": HeadKind("BertForQuestionAnswering", classifier="hidden"),
 }
-
-LABELS = ("LABEL_0", "LABEL_1")
-"""What Hugging Face transformers calls labels that nobody named."""
-
-PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
 
 init = jax.nn.initializers.truncated_normal(0.02)
 
@@ -167,7 +166,7 @@ class BertConfig:
             raise PublishedError(
                 f"config.json has architectures {architectures!r}, and a BERT here is one of {', '.join(classes)}"
             )
-        head, labels = classes[architectures[0]], _labels(fields)
+        head, labels = classes[architectures[0]], class_labels(fields, "BERT")
         if head == "question_answering" and len(labels) != 2:
             raise PublishedError(f"config.json has {len(labels)} labels, and a BERT that answers questions has 2")
         problem_type = fields.get("problem_type")
@@ -214,28 +213,12 @@ class BertConfig:
             "classifier_dropout": self.classifier_dropout,
             "tie_word_embeddings": True,
         }
-        if self.labels != LABELS:
-            fields["id2label"] = {str(i): label for i, label in enumerate(self.labels)}
-            fields["label2id"] = {label: i for i, label in enumerate(self.labels)}
         if self.problem_type is not None:
             fields["problem_type"] = self.problem_type
-        return fields | self.special_tokens.to_published()
+        return fields | published_labels(self.labels) | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return _layout(self.kind)
-
-
-def _labels(fields: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of classes, from id2label, or from their number where none are named."""
-    named = fields.get("id2label")
-    if named is None:
-        return tuple(f"LABEL_{i}" for i in range(size({"num_labels": 2} | dict(fields), "num_labels")))
-    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
-    if not numbers or set(named) != set(numbers) or not all(isinstance(label, str) for label in named.values()):
-        raise PublishedError(f"config.json has id2label {named!r}, which does not name classes by their numbers from 0")
-    labels = tuple(named[i] for i in numbers)
-    require(fields, f"BERT with id2label {named!r}", label2id={label: i for i, label in enumerate(labels)})
-    return labels
 
 
 class BertOutput(NamedTuple):

@@ -19,6 +19,11 @@ ACTIVATIONS = {
 }
 """Published names of activations, and ours; the first published name of each of ours is the one written."""
 
+LABELS = ("LABEL_0", "LABEL_1")
+"""What Hugging Face transformers calls labels that nobody named."""
+
+PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+
 
 class PublishedError(ValueError):
     """A published config that a family cannot be, or a model with no published form; names the field and its value."""
@@ -156,3 +161,26 @@ def activation(fields: Mapping[str, Any], name: str, default: str) -> str:
 
 def published_activation(ours: str) -> str:
     return next(published for published, name in ACTIVATIONS.items() if name == ours)
+
+
+def class_labels(fields: Mapping[str, Any], family: str) -> tuple[str, ...]:
+    """The names of classes, from id2label, or from their number where none are named."""
+    named = fields.get("id2label")
+    if named is None:
+        return tuple(f"LABEL_{i}" for i in range(size({"num_labels": 2} | dict(fields), "num_labels")))
+    numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
+    if not numbers or set(named) != set(numbers) or not all(isinstance(label, str) for label in named.values()):
+        raise PublishedError(f"config.json has id2label {named!r}, which does not name classes by their numbers from 0")
+    labels = tuple(named[i] for i in numbers)
+    require(fields, f"{family} with id2label {named!r}", label2id={label: i for i, label in enumerate(labels)})
+    return labels
+
+
+def published_labels(labels: tuple[str, ...]) -> dict[str, Any]:
+    """What config.json says of them: nothing where it is what every config says."""
+    if labels == LABELS:
+        return {}
+    return {
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+    }
