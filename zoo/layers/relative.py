@@ -8,6 +8,8 @@ which stands for a place whose token it may not see. They share every weight, an
 projection, one call of attention and one feed-forward serve them together. Keys are S = M + T, the M of a memory first.
 """
 
+import functools
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -24,7 +26,6 @@ from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
 from zoo.layers.transformer import REMAT_POLICIES, SAVED_BLOCK, Intermediates, Stack
 from zoo.sharding import constrain
-
 
 _BEFORE_ALL = jnp.iinfo(jnp.int32).min
 
@@ -95,7 +96,7 @@ def _with_targets(rows: jax.Array, targets: jax.Array | None) -> jax.Array:
 
 
 def in_order(order: jax.Array, targets: jax.Array | None, remembered: int) -> Mask:
-    """Contents attend to what is known as they are, targets to what is known before: the one before, by number."""
+    """What `order` [B, T] lets attend: contents to what is known before and with them, targets to what is before."""
     tokens = order.shape[1]
     queries = _with_targets(order, targets)
     queries = queries - (jnp.arange(queries.shape[1]) >= tokens)
@@ -104,7 +105,7 @@ def in_order(order: jax.Array, targets: jax.Array | None, remembered: int) -> Ma
 
 
 def segments_differ(token_types: jax.Array, targets: jax.Array | None, remembered: int) -> jax.Array:
-    """[B, T + P, S]."""
+    """Whether query and key are of different token_types [B, T], those of a memory 0: [B, T + P, S]."""
     keys = jnp.pad(token_types, ((0, 0), (remembered, 0)))
     return _with_targets(token_types, targets)[:, :, None] != keys[:, None]
 
@@ -118,18 +119,21 @@ def hidden_pairs(
     perm_mask: jax.Array | None,
     causal: bool,
 ) -> jax.Array | None:
-    """[B or 1, T + P, S], or None where nothing is hidden. Contents always see themselves, and memories are seen."""
+    """Pairs [B or 1, T + P, S] that may not attend, None where there are none; a memory's keys are seen by all.
+
+    real: [B, T], 0 where a token is a key for none.  perm_mask: [B, T, T], not 0 where a token does not attend to
+    another.  causal: whether those behind a token are hidden. Contents see themselves whatever these say.
+    """
     places = jnp.arange(length)
-    hidden = (places > places[:, None])[None] if causal else None
-    for of_rows in (None if real is None else (real == 0)[:, None], None if perm_mask is None else perm_mask != 0):
-        if of_rows is not None:
-            hidden = of_rows if hidden is None else hidden | of_rows
-    if hidden is None:
+    conditions = [(places > places[:, None])[None]] if causal else []
+    conditions += [] if real is None else [(real == 0)[:, None]]
+    conditions += [] if perm_mask is None else [perm_mask != 0]
+    if not conditions:
         return None
-    hidden = jnp.broadcast_to(hidden, (hidden.shape[0], length, length))
-    contents, both = hidden & (places != places[:, None]), _with_targets(hidden, targets)
-    hidden = jnp.concatenate([jnp.broadcast_to(contents, (both.shape[0], length, length)), both[:, length:]], 1)
-    return jnp.pad(hidden, ((0, 0), (0, 0), (remembered, 0)))
+    hidden = functools.reduce(operator.or_, conditions)
+    rows = _with_targets(jnp.broadcast_to(hidden, (hidden.shape[0], length, length)), targets)
+    own = jnp.arange(rows.shape[1])[:, None] == places
+    return jnp.pad(rows & ~own, ((0, 0), (0, 0), (remembered, 0)))
 
 
 class HeadBias(nnx.Module):
