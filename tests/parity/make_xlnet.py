@@ -85,7 +85,13 @@ def streams(states: tuple[torch.Tensor, ...], predicted: bool) -> dict[str, torc
 def continued(model: torch.nn.Module, rng: np.random.Generator) -> dict[str, np.ndarray]:
     prompts = torch.tensor(rng.integers(6, VOCABULARY, (2, 5)))
     options = {"max_new_tokens": 7, "do_sample": False, "pad_token_id": 5}
-    made = {f"made_{beams}": model.generate(prompts, num_beams=beams, **options)[:, 5:].numpy() for beams in (1, 3)}
+    made = {
+        f"made_{remembers}_{beams}": model.generate(prompts, num_beams=beams, use_mems=remembers, **options)[
+            :, 5:
+        ].numpy()
+        for remembers in (True, False)
+        for beams in (1, 3)
+    }
     return {"prompts": prompts.numpy(), **made}
 
 

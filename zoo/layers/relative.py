@@ -73,17 +73,28 @@ class Pairs(NamedTuple):
     targets: [B, P] int32, the places among the T tokens that the queries of the second stream stand for, or None.
     differs: bool, broadcasts to [B, T + P, S]: whether query and key are of two segments; None does without segments.
     hidden: bool, broadcasts to [B, T + P, S]: whether the query may not attend to the key, besides what a mask says.
+    places: [B, T + P], where a memory has slots for all of a row: the T contents are written into those from the first
+        place on, one behind the other, and keys are the slots alone, S = M; distances are S to 1 - S.
     """
 
     vectors: jax.Array
     targets: jax.Array | None = None
     differs: jax.Array | None = None
     hidden: jax.Array | None = None
+    places: jax.Array | None = None
 
     @property
     def queries(self) -> int:
         """P."""
         return 0 if self.targets is None else self.targets.shape[1]
+
+    def appended(self, memory: jax.Array, states: jax.Array) -> jax.Array:
+        """What contents attend to: a layer's memory [B, M, D], and the states [B, T, D] of the contents."""
+        states = states.astype(memory.dtype)
+        if self.places is None:
+            return jnp.concatenate([memory, states], 1)
+        write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
+        return write(memory, states, self.places[:, 0])
 
 
 def _with_targets(rows: jax.Array, targets: jax.Array | None) -> jax.Array:
@@ -197,7 +208,7 @@ class RelativeAttention(nnx.Module):
         mask: of T + P queries and S keys.  key: for dropout of attention weights; None drops nothing.
         """
         contents = x[:, : x.shape[1] - pairs.queries]
-        contents = contents if memory is None else jnp.concatenate([memory.astype(x.dtype), contents], 1)
+        contents = contents if memory is None else pairs.appended(memory, contents).astype(x.dtype)
         q = constrain(self.query(x), "act_batch", "act_length", "act_heads", "act_head_dim")
         k, v = (
             constrain(part(contents), "act_batch", "act_length", "act_kv_heads", "act_head_dim")
@@ -215,9 +226,13 @@ class RelativeAttention(nnx.Module):
         of_distances = self._product(
             "btnh,rnh->bntr", self.to_position(q), self.position(pairs.vectors.astype(self.precision.compute))
         )
-        bias = shifted(of_distances[:, :, :tokens], keys)
-        if pairs.targets is not None:
-            bias = jnp.concatenate([bias, shifted_to(of_distances[:, :, tokens:], pairs.targets, tokens, keys)], 2)
+        if pairs.places is not None:
+            bias = shifted_to(of_distances, pairs.places, keys, keys)
+        else:
+            bias = shifted(of_distances[:, :, :tokens], keys)
+            if pairs.targets is not None:
+                of_targets = shifted_to(of_distances[:, :, tokens:], pairs.targets, tokens, keys)
+                bias = jnp.concatenate([bias, of_targets], 2)
         if pairs.differs is not None:
             same, differing = self._product("btnh,gnh->gbnt", self.to_segment(q), self.segments[...])[..., None]
             bias = bias + jnp.where(pairs.differs[:, None], differing, same)

@@ -8,7 +8,7 @@ One module bears every published head; the config says which.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,6 +43,7 @@ from zoo.models.published import (
     Weight,
     activation,
     class_labels,
+    flag,
     linear,
     norm,
     number,
@@ -77,6 +78,8 @@ class XLNetConfig:
     memory_length: states of a layer that are remembered from one segment to the next, the last ones; None: all.
     reuse_length: states of each segment that are remembered, the first ones; None: all.
     longest_distance: what distances beyond it count as; None: themselves.
+    remembers: whether generation keeps the states of what is written, but for the last two tokens, as published models
+        do unless told; else they are computed anew for each token, from all that is written by then.
     labels: names of the classes of "sequence_classification" and "token_classification".
     problem_type: how classes are read, a name in PROBLEMS (softmax, sigmoid, or values); None where it is not said.
     dropout: of embeddings, vectors of distances, attention weights, feed-forward layers, residual branches and results.
@@ -94,6 +97,7 @@ class XLNetConfig:
     memory_length: int | None = None
     reuse_length: int | None = None
     longest_distance: int | None = None
+    remembers: bool = True
     labels: tuple[str, ...] = LABELS
     problem_type: str | None = None
     activation: str = "gelu"
@@ -193,6 +197,7 @@ class XLNetConfig:
             attention=kinds[attention],
             memory_length=size(fields, "mem_len", optional=True),
             reuse_length=size(fields, "reuse_len", optional=True),
+            remembers=flag(fields, "use_mems_eval", True),
             longest_distance=None if clamp == -1 else size(fields, "clamp_len"),
             labels=labels,
             problem_type=problem_type,
@@ -218,6 +223,7 @@ class XLNetConfig:
             "mem_len": self.memory_length,
             "reuse_len": self.reuse_length,
             "clamp_len": self.longest_distance or -1,
+            "use_mems_eval": self.remembers,
             "bi_data": False,
             "same_length": False,
             "ff_activation": published_activation(self.activation),
@@ -237,16 +243,17 @@ class XLNetConfig:
         return _layout(self.head)
 
 
-@partial(jax.tree_util.register_dataclass, data_fields=("tokens", "lengths"), meta_fields=())
+@partial(jax.tree_util.register_dataclass, data_fields=("tokens", "lengths", "states"), meta_fields=())
 @dataclass(frozen=True)
 class Written:
-    """The tokens that a row holds so far, [B, slots], of which the first lengths [B] are real: a cache of no states.
+    """The tokens that a row holds so far, [B, slots], of which the first lengths [B] are real: what generation keeps.
 
-    Every token attends to all others, so that one more changes the states of all: they are computed anew for each.
+    states: [L, B, slots, D], what enters each layer, where the config says that they are kept.
     """
 
     tokens: jax.Array
     lengths: jax.Array
+    states: jax.Array | None
 
     def cut(self, lengths: jax.Array) -> "Written":
         """With the first lengths [B] tokens of each row alone."""
@@ -254,7 +261,8 @@ class Written:
 
     def rows(self, rows: jax.Array) -> "Written":
         """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
-        return Written(jnp.take(self.tokens, rows, axis=0), jnp.take(self.lengths, rows, axis=0))
+        states = None if self.states is None else jnp.take(self.states, rows, axis=1)
+        return Written(jnp.take(self.tokens, rows, axis=0), jnp.take(self.lengths, rows, axis=0), states)
 
 
 class XLNetFeatures(NamedTuple):
@@ -357,7 +365,7 @@ class XLNet(nnx.Module):
         targets: [B, P] int32, places that are predicted from what their order, or the perm_mask, lets them see. Where a
             row has fewer, name any place again and leave it out of the loss.
         memories: [L, B, M, D], of `init_memories` or of the call for the segment before; all tokens attend to them.
-        cache: of `read` or `init_cache`, alone with tokens [B, 1]; hidden [B, 1, D] is of the place after them.
+        cache: of `read`, alone with tokens [B, 1]; hidden [B, 1, D] is of the place after them.
         key: for dropout; None drops nothing. All rows drop the same of the vectors of distances.
         return_intermediates: also give the hidden states and attention weights of every layer.
         """
@@ -365,35 +373,53 @@ class XLNet(nnx.Module):
             others = (token_types, real, order, perm_mask, targets, memories)
             if tokens.shape[1] != 1 or any(other is not None for other in others):
                 raise SequenceError("a cache takes one token a row, and no other argument: begin with `read`")
-            return self._after(cache, tokens[:, 0], key, return_intermediates)
+            return self._after(cache, tokens[:, 0], key=key, return_intermediates=return_intermediates)
         if targets is not None and order is None and perm_mask is None:
             raise SequenceError("targets given without order or perm_mask: each would see the token that it predicts")
-        embed_key, distance_key, stack_key, end_key, _ = split(key, 5)  # The fifth is for what `__call__` drops.
-        x = self.embed(tokens)
-        if targets is not None:
-            unseen = self.unseen[...].astype(x.dtype)
-            x = jnp.concatenate([x, jnp.broadcast_to(unseen, (*targets.shape, x.shape[-1]))], 1)
-        x = constrain(dropout(x, self.config.dropout, embed_key), "act_batch", "act_length", "act_embed")
         length, remembered = tokens.shape[1], 0 if memories is None else memories.shape[2]
-        vectors = dropout(self._distance_vectors(length, remembered), self.config.dropout, distance_key)
         differs = None if token_types is None else segments_differ(token_types, targets, remembered)
-        hidden = hidden_pairs(
-            length, remembered, targets, real=real, perm_mask=perm_mask, causal=self.config.attention == "causal"
-        )
-        x, memories, seen = run_relative(
-            self.stack,
-            x,
-            Pairs(vectors, targets, differs, hidden),
+        hidden = hidden_pairs(length, remembered, targets, real=real, perm_mask=perm_mask, causal=self._causal)
+        return self._run(
+            tokens,
+            Pairs(self._distance_vectors(length, remembered), targets, differs, hidden),
             memories=memories,
             remember=self._remembered,
             mask=Mask() if order is None else in_order(order, targets, remembered),
+            key=key,
+            return_intermediates=return_intermediates,
+        )
+
+    def _run(
+        self,
+        tokens: jax.Array,
+        pairs: Pairs,
+        *,
+        memories: jax.Array | None,
+        remember: Callable[[jax.Array, jax.Array], jax.Array],
+        mask: Mask = Mask(),
+        key: jax.Array | None = None,
+        return_intermediates: bool = False,
+    ) -> XLNetFeatures:
+        """Features of tokens [B, T], or of the targets of pairs; the arguments are those of run_relative."""
+        embed_key, distance_key, stack_key, end_key, _ = split(key, 5)  # The fifth is for what `__call__` drops.
+        x, length, rate = self.embed(tokens), tokens.shape[1], self.config.dropout
+        unseen = jnp.broadcast_to(self.unseen[...].astype(x.dtype), (len(tokens), pairs.queries, x.shape[-1]))
+        x = dropout(jnp.concatenate([x, unseen], 1), rate, embed_key)
+        x, memories, seen = run_relative(
+            self.stack,
+            constrain(x, "act_batch", "act_length", "act_embed"),
+            pairs._replace(vectors=dropout(pairs.vectors, rate, distance_key)),
+            memories=memories,
+            remember=remember,
+            mask=mask,
             key=stack_key,
             return_intermediates=return_intermediates,
         )
-        found = dropout(x if targets is None else x[:, length:], self.config.dropout, end_key)
         contents, predicted = slice(length), slice(length, None)
-        of_targets = None if targets is None else _of_rows(seen, predicted)
-        return XLNetFeatures(found, memories, None, _of_rows(seen, contents), of_targets)
+        if pairs.targets is None:
+            return XLNetFeatures(dropout(x, rate, end_key), memories, None, seen)
+        hidden = dropout(x[:, predicted], rate, end_key)
+        return XLNetFeatures(hidden, memories, None, _of_rows(seen, contents), _of_rows(seen, predicted))
 
     def hidden(self, tokens: jax.Array, **arguments: Any) -> jax.Array:
         """States for a loss that takes them with `head`: those of the targets, where there are any."""
@@ -415,34 +441,63 @@ class XLNet(nnx.Module):
         shape = (self.config.num_layers, batch_size, 0, self.config.width)
         return jnp.zeros(shape, jnp.dtype(self.config.precision.compute))
 
-    def init_cache(self, batch_size: int, length: int) -> Written:
-        """An empty cache with room for `length` tokens a row."""
-        return Written(jnp.zeros((batch_size, length), jnp.int32), jnp.zeros(batch_size, jnp.int32))
-
     def read(self, tokens: jax.Array, lengths: jax.Array, slots: int) -> tuple[jax.Array, Written]:
         """The state [B, D] of the place after each prompt, of tokens [B, P] the first lengths [B], and its cache."""
-        tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-        cache = Written(tokens.astype(jnp.int32), lengths)
-        return self._next(cache).hidden[:, 0], cache
+        if self.config.remembers and self.config.reuse_length is not None:
+            raise SequenceError(
+                f"reuse_length {self.config.reuse_length} forgets the end of what is written: set remembers to False"
+            )
+        tokens = jnp.pad(tokens.astype(jnp.int32), ((0, 0), (0, slots - tokens.shape[1])))
+        features = self._anew(Written(tokens, jnp.asarray(lengths), None))
+        assert features.cache is not None
+        return features.hidden[:, 0], features.cache
 
-    def _after(
-        self, cache: Written, tokens: jax.Array, key: jax.Array | None, return_intermediates: bool
-    ) -> XLNetFeatures:
+    def _after(self, cache: Written, tokens: jax.Array, **arguments: Any) -> XLNetFeatures:
         """Features of the place after tokens [B], which stand after what the cache holds."""
         written = cache.tokens.at[jnp.arange(len(tokens)), cache.lengths].set(tokens)
-        cache = Written(written, cache.lengths + 1)
-        return self._next(cache, key=key, return_intermediates=return_intermediates)
+        cache = Written(written, cache.lengths + 1, cache.states)
+        return self._anew(cache, **arguments) if cache.states is None else self._from_states(cache, **arguments)
 
-    def _next(self, cache: Written, **arguments: Any) -> XLNetFeatures:
-        """Features of the place after what each row holds, predicted from all of it; what stands behind is unknown."""
-        known = jnp.arange(cache.tokens.shape[1]) < cache.lengths[:, None]
-        targets = cache.lengths[:, None]
-        features = self.features(cache.tokens, order=jnp.where(known, 0, 1), targets=targets, **arguments)
-        return features._replace(cache=cache)
+    def _anew(self, cache: Written, **arguments: Any) -> XLNetFeatures:
+        """Features of the place after what each row holds, whose tokens all attend to one another."""
+        (batch, slots), targets = cache.tokens.shape, cache.lengths[:, None]
+        hidden = hidden_pairs(slots, 0, targets, real=None, perm_mask=None, causal=self._causal)
+        pairs = Pairs(self._distance_vectors(slots, 0), targets, None, hidden)
+        # What stands behind is not known yet.
+        order = jnp.where(jnp.arange(slots) < targets, 0, 1)
+        features = self._run(
+            cache.tokens,
+            pairs,
+            memories=self.init_memories(batch) if self.config.remembers else None,
+            remember=pairs.appended,
+            mask=in_order(order, targets, 0),
+            **arguments,
+        )
+        return features._replace(memories=None, cache=dataclasses.replace(cache, states=features.memories))
+
+    def _from_states(self, cache: Written, **arguments: Any) -> XLNetFeatures:
+        """The same, where the last two tokens alone attend to all, and all others stay as they are.
+
+        The last but one was the last when its states were made, and is now seen together with what follows it.
+        """
+        slots, lengths = cache.tokens.shape[1], cache.lengths[:, None]
+        places = lengths + jnp.arange(-2, 1)
+        ends = places + 1 if self._causal else lengths
+        hidden = jnp.arange(slots) >= jnp.minimum(ends, lengths)[..., None]
+        if self.config.memory_length is not None:
+            hidden |= jnp.arange(slots) < (lengths - max(self.config.memory_length, 2))[..., None]
+        pairs = Pairs(self._distance_vectors(slots, 0), places[:, 2:], hidden=hidden, places=places)
+        tokens = jnp.take_along_axis(cache.tokens, places[:, :2], axis=1)
+        features = self._run(tokens, pairs, memories=cache.states, remember=pairs.appended, **arguments)
+        return features._replace(memories=None, cache=dataclasses.replace(cache, states=features.memories))
+
+    @property
+    def _causal(self) -> bool:
+        return self.config.attention == "causal"
 
     def _distance_vectors(self, length: int, remembered: int) -> jax.Array:
         """[R, D] of all distances between queries and the keys that they may attend to, the farthest behind first."""
-        nearest = -length if self.config.attention == "two_way" else -1
+        nearest = -1 if self._causal else -length
         distances = jnp.arange(length + remembered, nearest, -1)
         if self.config.longest_distance is not None:
             distances = distances.clip(-self.config.longest_distance, self.config.longest_distance)
