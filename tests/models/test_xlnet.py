@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.extend.core import jaxprs_in_params
 
 from zoo import models, sharding
 from zoo.generation import generate
@@ -75,7 +76,7 @@ def product_flops(jaxpr: Any) -> int:
             (contracted, _), _ = equation.params["dimension_numbers"]
             shape = equation.invars[0].aval.shape
             total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        for inner in jax.core.jaxprs_in_params(equation.params):
+        for inner in jaxprs_in_params(equation.params):
             total += product_flops(inner) * equation.params.get("length", 1)
     return total
 
@@ -95,7 +96,6 @@ def test_flops_are_those_of_the_products(attention, head, shape) -> None:
     config = dataclasses.replace(TINY, attention=attention, head=head, vocab_size=256)
     arguments = {"order": ORDER[:1, :10], "targets": TARGETS[:1, : shape[1]]} if len(shape) > 1 else {}
     model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
-    run = jax.make_jaxpr(lambda model: model(TOKENS[:1, :10], **arguments).hidden)
     run = jax.make_jaxpr(lambda model: tuple(model(TOKENS[:1, :10], **arguments)[:2]))
     shared = config.num_layers * 2 * (20 if attention == "two_way" else 11) * 32**2  # Keys of distances.
     assert config.forward_flops(shape) == product_flops(run(model).jaxpr) - shared
@@ -187,16 +187,15 @@ def step(model: XLNet, token: jax.Array, cache: Any) -> Any:
 @pytest.mark.parametrize(("attention", "remembers"), [("causal", True), ("causal", False), ("two_way", False)])
 def test_generation_sees_what_the_full_pass_sees(attention, remembers) -> None:
     """Rows of different length; causal contents are the same whether they are kept or computed anew."""
-    model, lengths = lively(dataclasses.replace(TINY, attention=attention, remembers=remembers)), [3, 1, 7, 4]
-    last, cache = jax.jit(functools.partial(model.read, slots=12))(TOKENS[:, :8], jnp.array(lengths))
-    cache = cache.cut(jnp.array(lengths))
-    for more in range(4):
-        for row, length in enumerate(lengths):
-            tokens = jnp.pad(TOKENS[row : row + 1, : length + more], ((0, 0), (0, 1)))
-            unknown = jnp.zeros((1, length + more + 1, length + more + 1)).at[:, :, -1].set(1)
-            expected = model.hidden(tokens, perm_mask=unknown, targets=jnp.array([[length + more]]))
-            np.testing.assert_allclose(last[row], expected[0, 0], atol=1e-5)
-        features = step(model, TOKENS[jnp.arange(4), jnp.array(lengths) + more], cache)
+    model = lively(dataclasses.replace(TINY, attention=attention, remembers=remembers))
+    rows, lengths = jnp.arange(4), jnp.array([3, 1, 7, 4])
+    last, cache = jax.jit(functools.partial(model.read, slots=12))(TOKENS[:, :8], lengths)
+    cache = cache.cut(lengths)
+    for length in (lengths + more for more in range(4)):
+        unknown = jnp.broadcast_to(jnp.arange(12) >= length[:, None, None], (4, 12, 12))
+        expected = outputs(model, TOKENS[:, :12], perm_mask=unknown, targets=length[:, None]).hidden
+        np.testing.assert_allclose(last, expected[:, 0], atol=1e-5)
+        features = step(model, TOKENS[rows, length], cache)
         last, cache = features.hidden[:, 0], features.cache
 
 
