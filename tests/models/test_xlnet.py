@@ -57,6 +57,7 @@ def outputs(model: XLNet, tokens: jax.Array, **arguments: Any) -> Any:
         ("xlnet-base-cased", "none", 116_718_336),
         ("xlnet-base-cased", "lm", 116_750_336),
         ("xlnet-base-cased", "sequence_classification", 117_310_466),
+        ("xlnet-base-cased", "multiple_choice", 117_309_697),
         ("xlnet-base-cased", "token_classification", 116_719_874),
         ("xlnet-base-cased", "question_answering", 116_719_874),
         ("xlnet-large-cased", "none", 360_268_800),
@@ -90,6 +91,7 @@ def product_flops(jaxpr: Any) -> int:
         ("none", (10, 3)),
         ("token_classification", (10,)),
         ("sequence_classification", (10,)),
+        ("multiple_choice", (10,)),
     ],
 )
 def test_flops_are_those_of_the_products(attention, head, shape) -> None:
@@ -313,7 +315,7 @@ def test_what_a_config_leaves_out_is_as_published() -> None:
     ("fields", "message"),
     [
         ({"architectures": ["XLNetForQuestionAnswering"]}, r"architectures \['XLNetForQuestionAnswering'\]"),
-        ({"architectures": ["XLNetForMultipleChoice"]}, "XLNetForMultipleChoice"),
+        ({"architectures": ["XLNetForMultipleChoice"], "summary_use_proj": False}, "summary_use_proj False"),
         ({"architectures": None}, "architectures None"),
         ({"attn_type": "both"}, "attn_type 'both'"),
         ({"bi_data": True}, "bi_data True"),

@@ -32,6 +32,7 @@ CASES = {
             "clamp_len": 4,
         },
     ),
+    "multiple_choice": ("XLNetForMultipleChoice", {"n_layer": 2}),
     "token_classification": ("XLNetForTokenClassification", {"num_labels": 5, "ff_activation": "gelu_new"}),
     "question_answering": ("XLNetForQuestionAnsweringSimple", {"layer_norm_eps": 0.01, "dropout": 0.2}),
 }
@@ -39,7 +40,7 @@ CASES = {
 
 def build(name: str, fields: dict) -> torch.nn.Module:
     torch.manual_seed(0)
-    model = randomise(getattr(transformers, name)(transformers.XLNetConfig(**SIZES, **fields)).eval())
+    model = randomise(getattr(transformers, name)(transformers.XLNetConfig(**(SIZES | fields))).eval())
     with torch.no_grad():
         for parameter_name, parameter in model.named_parameters():
             if "rel_attn" in parameter_name and "norm" not in parameter_name:
@@ -67,6 +68,7 @@ def more(head: str, rng: np.random.Generator) -> tuple[dict[str, np.ndarray], di
             {"labels": rng.integers(0, VOCABULARY, (3, PREDICTED))},
         ),
         "sequence_classification": ({}, {"labels": rng.integers(0, 3, 3)}),
+        "multiple_choice": ({}, {"labels": rng.integers(0, 3, 1)}),
         "token_classification": ({}, {"labels": rng.integers(0, 5, (3, LENGTH))}),
         "question_answering": (
             {},
@@ -105,6 +107,8 @@ def main() -> None:
             "attention_mask": torch.tensor(given["real"]).float(),
             "token_type_ids": torch.tensor(given["token_types"]),
         }
+        if head == "multiple_choice":  # Rows are answers to one question.
+            arguments = {name: x[None] for name, x in arguments.items()}
         found = {}
         if head == "none":  # Causal contents and a mask of padding do not go together in transformers 5.23.0.
             del given["real"], arguments["attention_mask"]
@@ -128,6 +132,8 @@ def main() -> None:
             loss = out.loss
             ends = head == "question_answering"
             found["logits"] = torch.stack([out.start_logits, out.end_logits], -1) if ends else out.logits
+            if head == "multiple_choice":
+                found["logits"] = out.logits.T
         loss.backward()
         folder = FOLDER / head
         model.save_pretrained(folder)

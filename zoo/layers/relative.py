@@ -94,7 +94,7 @@ class Pairs(NamedTuple):
         if self.places is None:
             return jnp.concatenate([memory, states], 1)
         write = jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))
-        return write(memory, states, self.places[:, 0])
+        return constrain(write(memory, states, self.places[:, 0]), "act_batch", None, "act_embed")
 
 
 def _with_targets(rows: jax.Array, targets: jax.Array | None) -> jax.Array:

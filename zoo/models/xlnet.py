@@ -58,10 +58,14 @@ HEADS = {
     "none": "XLNetModel",
     "lm": "XLNetLMHeadModel",
     "sequence_classification": "XLNetForSequenceClassification",
+    "multiple_choice": "XLNetForMultipleChoice",
     "token_classification": "XLNetForTokenClassification",
     "question_answering": "XLNetForQuestionAnsweringSimple",
 }
 """Heads, and their classes of Hugging Face transformers."""
+
+SUMMARISED = ("sequence_classification", "multiple_choice")
+"""Heads that score a row by tanh of a linear map of its last token's state."""
 
 ATTENTION = {"two_way": "bi", "causal": "uni"}
 """What contents attend to unless an order says otherwise, and what a published config calls it."""
@@ -83,7 +87,7 @@ class XLNetConfig:
     labels: names of the classes of "sequence_classification" and "token_classification".
     problem_type: how classes are read, a name in PROBLEMS (softmax, sigmoid, or values); None where it is not said.
     dropout: of embeddings, vectors of distances, attention weights, feed-forward layers, residual branches and results.
-    summary_dropout: of what sequences are classified from.
+    summary_dropout: of what rows are scored from.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
     """
 
@@ -128,6 +132,11 @@ class XLNetConfig:
             raise LayerError(f"problem_type {self.problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}")
 
     @property
+    def classes(self) -> int:
+        """Scores of a row, or of a token, but for those of words."""
+        return {"none": 0, "lm": 0, "multiple_choice": 1}.get(self.head, len(self.labels))
+
+    @property
     def head_dim(self) -> int:
         return self.width // self.num_heads
 
@@ -152,10 +161,10 @@ class XLNetConfig:
         flops = self.num_layers * ((length + queries) * of_a_row + length * 2 * self.width**2)
         if self.head == "lm":
             flops += (queries if predicted else length) * self.width * self.vocab_size
-        elif self.head == "sequence_classification":
-            flops += self.width**2 + self.width * len(self.labels)
-        elif self.head != "none":
-            flops += length * self.width * len(self.labels)
+        elif self.head in SUMMARISED:
+            flops += self.width**2 + self.width * self.classes
+        else:
+            flops += length * self.width * self.classes
         return 2.0 * flops
 
     @classmethod
@@ -171,9 +180,9 @@ class XLNetConfig:
         head, labels = classes[architectures[0]], class_labels(fields, "XLNet")
         if head == "question_answering" and len(labels) != 2:
             raise PublishedError(f"config.json has {len(labels)} labels, and an XLNet that answers questions has 2")
-        if head == "sequence_classification":
+        if head in SUMMARISED:
             summary = {"summary_type": "last", "summary_use_proj": True, "summary_activation": "tanh"}
-            require(fields, "XLNet that classifies", **summary)
+            require(fields, f"{HEADS[head]}", **summary)
         kinds = {published: ours for ours, published in ATTENTION.items()}
         attention, problem_type = fields.get("attn_type", "bi"), fields.get("problem_type")
         for name, value, known in (("attn_type", attention, kinds), ("problem_type", problem_type, (None, *PROBLEMS))):
@@ -281,8 +290,9 @@ class XLNetFeatures(NamedTuple):
 
 class XLNetOutput(NamedTuple):
     """logits: float32, None where there is no head. "lm": of each word, [B, T, V], or [B, P, V] in the targets' places.
-    "sequence_classification": [B, C].  "token_classification": [B, T, C].  "question_answering": that the answer
-    starts, and that it ends, at a token, [B, T, 2].
+        "sequence_classification": [B, C].  "multiple_choice": of each row as an answer to a question, [B, 1].
+        "token_classification": [B, T, C].  "question_answering": that the answer starts, and that it ends, at a token,
+        [B, T, 2].
 
     The others are as in XLNetFeatures.
     """
@@ -318,12 +328,12 @@ class XLNet(nnx.Module):
         )
         bias = jnp.zeros(self.embed.table.shape[0], jnp.dtype(config.precision.parameters))
         self.bias = nnx.Param(bias, axes=("vocab",), rows=config.vocab_size) if config.head == "lm" else None
-        summarises = config.head == "sequence_classification"
-        self.summary = Linear(width, width, axes=("embed", "embed"), **common) if summarises else None
+        summarised = config.head in SUMMARISED
+        self.summary = Linear(width, width, axes=("embed", "embed"), **common) if summarised else None
         # Logits are float32.
         common["precision"] = dataclasses.replace(config.precision, compute="float32")
-        scores = partial(Linear, width, len(config.labels), axes=("embed", "classes"), **common)
-        self.classifier = None if config.head in ("none", "lm") else scores()
+        scores = partial(Linear, width, config.classes, axes=("embed", "classes"), **common)
+        self.classifier = scores() if config.classes else None
 
     def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any) -> XLNetOutput:
         """What the head says of tokens [B, T] int32. The arguments are those of `features`."""
@@ -362,8 +372,8 @@ class XLNet(nnx.Module):
             before and with it, and what predicts it to those known before it. Tokens that are given, and not
             predicted, have one number together, the least.
         perm_mask: [B, T, T], true or 1 where a token does not attend to another: any pattern, as published.
-        targets: [B, P] int32, places that are predicted from what their order, or the perm_mask, lets them see. Where a
-            row has fewer, name any place again and leave it out of the loss.
+        targets: [B, P] int32, places that are predicted from what their order, or the perm_mask, lets them see, which
+            may be nothing. Where a row has fewer, name any place again and leave it out of the loss.
         memories: [L, B, M, D], of `init_memories` or of the call for the segment before; all tokens attend to them.
         cache: of `read`, alone with tokens [B, 1]; hidden [B, 1, D] is of the place after them.
         key: for dropout; None drops nothing. All rows drop the same of the vectors of distances.
@@ -556,10 +566,11 @@ def _layout(head: str) -> Layout:
     else:
         # Files of xlnet-base-cased and others hold what they were pretrained with.
         unused = (r"lm_loss\.(weight|bias)",)
-    if head == "sequence_classification":
+    if head in SUMMARISED:
         weights += linear("sequence_summary.summary", "summary", "e d -> d e", "d -> d")
     names = {
         "sequence_classification": "logits_proj",
+        "multiple_choice": "logits_proj",
         "token_classification": "classifier",
         "question_answering": "qa_outputs",
     }
