@@ -68,3 +68,9 @@ def test_segments_differ_between_unequal_types_and_a_memory_has_type_0() -> None
     differs = segments_differ(types, TARGETS[:1], 1)
     rows = jnp.concatenate([types, jnp.take_along_axis(types, TARGETS[:1], 1)], 1)
     np.testing.assert_array_equal(differs, rows[..., None] != jnp.array([[[0, 0, 1, 0, 2, 2]]]))
+
+
+@pytest.mark.parametrize("moved", [lambda scores: shifted(scores, 7), lambda scores: shifted_to(scores, TARGETS, 5, 7)])
+def test_neither_shift_nor_its_gradient_gathers_or_scatters(moved) -> None:
+    program = str(jax.make_jaxpr(jax.grad(lambda scores: jnp.sin(moved(scores)).sum()))(jnp.ones((2, 3, 2, 12))))
+    assert "gather" not in program and "scatter" not in program and "sin" in program
