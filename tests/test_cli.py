@@ -87,6 +87,7 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nano", "--sampler.prompt", "x" * 300], "a prompt of 301 tokens leaves no room"),
         (["train", "ddpm-digits", "--model.schedule", "sigmoid"], "noise schedule 'sigmoid' is unknown"),
         (["train", "ddpm-digits", "--model.dropout", "1.5"], "dropout 1.5 is not a probability"),
+        (["train", "vit-digits", "--model.head", "pooler"], "--model.head pooler scores no classes"),
         (["train", "gpt-nano", "--simulate-devices", "3", "--simulate-hosts", "2"], "does not divide"),
         (["sample", "--prompt", "x"], "name a run"),
         (["eval", "runs/none"], "runs/none is not a run"),

@@ -88,6 +88,32 @@ class NoisePrediction:
         return {"loss": total / max(weight, 1.0)}
 
 
+@dataclass(frozen=True)
+class Classification:
+    """Cross entropy of the class of an image, over batches of images, labels, weights [B].
+
+    The model gives `model(images, key=).logits` [B, number of classes].
+    label_smoothing: share of the target that all classes get alike (Szegedy et al. 2016), in training alone.
+    """
+
+    label_smoothing: float = 0.0
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        labels, weights = batch["labels"], batch["weights"]
+        logits = model(batch["images"], key=key).logits
+        likelihoods = jax.nn.log_softmax(logits)
+        nll = -jnp.take_along_axis(likelihoods, labels[:, None], -1)[:, 0]
+        smoothing = 0.0 if key is None else self.label_smoothing
+        losses = (1 - smoothing) * nll - smoothing * likelihoods.mean(-1)
+        correct = (logits.argmax(-1) == labels).astype(jnp.float32)
+        return Loss(jnp.sum(weights * losses), jnp.sum(weights), {"correct": jnp.sum(weights * correct)})
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: nats an image, as minimised.  accuracy: share of images whose class has the largest logit."""
+        weight = max(weight, 1.0)
+        return {"loss": total / weight, "accuracy": metrics["correct"] / weight}
+
+
 def spread_times(rows: int, timesteps: int) -> jax.Array:
     """[rows] int32 in 0 .. timesteps - 1 (at most 65536), of which every run of rows covers the range evenly.
 

@@ -1,10 +1,13 @@
 """Images as PNG files: one grid of many, written whole or not at all."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw
+
+CAPTION_HEIGHT = 15  # pixels
 
 
 def grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> np.ndarray:
@@ -22,6 +25,18 @@ def grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> n
         canvas[y : y + height, x : x + width] = image
     levels = np.round((np.clip(canvas, -1, 1) + 1) * 127.5).astype(np.uint8)
     return levels.repeat(scale, 0).repeat(scale, 1)
+
+
+def captioned(images: np.ndarray, captions: Sequence[str], columns: int, *, scale: int = 1) -> np.ndarray:
+    """As `grid`, with a line of text below each image, cut where it is wider than the image is drawn."""
+    tiles = np.asarray(images, np.float32).repeat(scale, 1).repeat(scale, 2)
+    _, _, width, channels = tiles.shape
+    lines = []
+    for caption in captions:
+        line = Image.new("L", (width, CAPTION_HEIGHT))
+        ImageDraw.Draw(line).text((2, 2), caption, fill=255)
+        lines.append(np.asarray(line, np.float32)[..., None].repeat(channels, -1) / 127.5 - 1)
+    return grid(np.concatenate([tiles, np.stack(lines)], 1), columns, gap=4)
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:

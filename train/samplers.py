@@ -116,10 +116,7 @@ class ImageSampler:
         """`model`: a config with `timesteps`. Raises UserError."""
         if not 1 <= self.steps <= model.timesteps:
             raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {model.timesteps}: choose one")
-        if self.rows < 1 or self.columns < 1:
-            raise UserError(f"a grid of {self.rows} x {self.columns} images is empty: choose both sides from 1")
-        if self.scale is not None and self.scale < 1:
-            raise UserError(f"a scale of {self.scale} pixels shows nothing: choose a whole number from 1, or None")
+        _check_grid(self.rows, self.columns, self.scale)
 
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
@@ -144,3 +141,58 @@ class ImageSampler:
             return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
 
         return np.asarray(images(model, key))
+
+
+@dataclass(frozen=True)
+class ClassSampler:
+    """A grid of held-out images as PNG, each with the class that the model finds, and the true one where it errs.
+
+    scale: pixels a side that one pixel is drawn with (None: so many that the grid is about 640 wide).
+    """
+
+    rows: int = 4
+    columns: int = 10
+    scale: int | None = None
+
+    def check(self, model: Any, data: Any) -> None:
+        """`model`: a config with `head`. Raises UserError."""
+        if model.head != "classification":
+            raise UserError(f"--model.head {model.head} scores no classes: choose classification")
+        _check_grid(self.rows, self.columns, self.scale)
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
+        self.check(model.config, data)
+        images, captions = self.classify(model, data, key)
+        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
+        path = folder.absolute() / "samples.png"
+        if jax.process_index() == 0:
+            pictures.write_png(pictures.captioned(images, captions, self.columns, scale=scale), path)
+        return str(path)
+
+    def classify(self, model: Any, data: Any, key: jax.Array) -> tuple[np.ndarray, list[str]]:
+        """Images [N, Y, X, C] that the key picks among those held out, and what is said of each."""
+        held_out = data.open("validation", batch_size=1, seed=0)
+        count = min(held_out.info.examples, self.rows * self.columns)
+        chosen = np.asarray(jax.random.permutation(key, held_out.info.examples)[:count])
+        batch = held_out.batch(0, chosen.tolist())
+
+        @jax.jit
+        def classes(model: Any, images: jax.Array) -> jax.Array:
+            return constrain(model(images).logits.argmax(-1), None)
+
+        names, found = model.config.labels, np.asarray(classes(model, batch["images"]))
+        said = [
+            names[guess] if guess == label else f"{names[guess]}, not {names[label]}"
+            for guess, label in zip(found, batch["labels"], strict=True)
+        ]
+        return batch["images"], said
+
+
+def _check_grid(rows: int, columns: int, scale: int | None) -> None:
+    if rows < 1 or columns < 1:
+        raise UserError(f"a grid of {rows} x {columns} images is empty: choose both sides from 1")
+    if scale is not None and scale < 1:
+        raise UserError(f"a scale of {scale} pixels shows nothing: choose a whole number from 1, or None")

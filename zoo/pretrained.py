@@ -63,8 +63,12 @@ def from_pretrained(
             raise PretrainedError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
         precision = dataclasses.replace(config.precision, parameters=dtype, compute=dtype)
         config = dataclasses.replace(config, precision=precision)
+    tensors = Tensors(folder, config.published_layout())
+    if hasattr(config, "with_tensors"):
+        config = config.with_tensors(tensors.found)
+        tensors = Tensors(folder, config.published_layout())
     model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
-    return load(model, Tensors(folder, config.published_layout()), dtype, layouts(model, mesh, rules))
+    return load(model, tensors, dtype, layouts(model, mesh, rules))
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -14,7 +14,7 @@ from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import LayerError
 from zoo.layers.norms import LayerNorm
-from zoo.layers.transformer import SAVED_ATTENTION, SAVED_PRODUCTS, Block, Stack
+from zoo.layers.transformer import SAVED_ATTENTION, SAVED_PRODUCTS, Block, LayerScale, Stack
 
 INIT = jax.nn.initializers.normal(0.3)
 CAUSAL = Mask(causal=True)
@@ -22,7 +22,9 @@ X = jax.random.normal(jax.random.key(1), (2, 9, 16))
 CONTEXT = jax.random.normal(jax.random.key(2), (2, 5, 16))
 
 
-def make_block(rngs: nnx.Rngs, *, cross: bool = False, norm_first: bool = True, dropout: float = 0.0) -> Block:
+def make_block(
+    rngs: nnx.Rngs, *, cross: bool = False, norm_first: bool = True, scaled: bool = False, dropout: float = 0.0
+) -> Block:
     attention = partial(MultiHeadAttention, 16, 4, rngs=rngs, init=INIT, dropout=dropout)
     return Block(
         attention(),
@@ -30,6 +32,7 @@ def make_block(rngs: nnx.Rngs, *, cross: bool = False, norm_first: bool = True, 
         partial(LayerNorm, 16),
         cross_attention=attention() if cross else None,
         norm_first=norm_first,
+        branch_scale=partial(LayerScale, 16, 0.1) if scaled else None,
         dropout=dropout,
     )
 
@@ -67,6 +70,20 @@ def test_a_block_is_its_residual_branches(norm_first) -> None:
 
     y = jax.jit(lambda block: block(X, mask=CAUSAL, context=CONTEXT).x)(block)
     np.testing.assert_allclose(y, branches(block), rtol=1e-5, atol=1e-5)
+
+
+def test_branches_pass_through_their_scales() -> None:
+    block = make_block(nnx.Rngs(3), cross=True, scaled=True)
+    scales = (block.attention_scale, block.cross_scale, block.feedforward_scale)
+    for i, scale in enumerate(scales):
+        assert (scale.scale[...] == jnp.float32(0.1)).all()
+        scale.scale = scale.scale.replace(jnp.full(16, float(i == 1)).at[3].set(0.5))
+    y = block(X, context=CONTEXT).x
+    x = X.at[..., 3].add(0.5 * block.attention(block.attention_norm(X)).output[..., 3])
+    across = block.cross_attention(block.cross_norm(x), CONTEXT).output
+    x = x + across.at[..., 3].multiply(0.5)
+    x = x.at[..., 3].add(0.5 * block.feedforward(block.feedforward_norm(x))[..., 3])
+    np.testing.assert_allclose(y, x, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("period", [1, 2])

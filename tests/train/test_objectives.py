@@ -11,7 +11,7 @@ import pytest
 
 from zoo.diffusion import schedules
 from zoo.layers.linear import Head
-from zoo.train.objectives import NextToken, NoisePrediction, spread_times
+from zoo.train.objectives import Classification, NextToken, NoisePrediction, spread_times
 
 
 class Constant:
@@ -115,6 +115,39 @@ def test_noise_prediction_trains_at_random_times_with_fresh_noise() -> None:
     assert drawn.min() >= 0 and drawn.max() < 1000
     # 400 draws, uniform: mean 499.5, standard error 14.4.
     assert abs(drawn.mean() - 499.5) < 60 and len(set(drawn.tolist())) > 250
+
+
+class Certain:
+    """A model of four classes with the same logits for every image; keeps the key that it was asked with."""
+
+    logits = jnp.array([0.0, 2.0, 1.0, -1.0])
+
+    def __call__(self, images: jax.Array, *, key: Any) -> Any:
+        self.key = key
+        return SimpleNamespace(logits=jnp.broadcast_to(self.logits, (len(images), 4)))
+
+
+def labelled(*labels: int, weights: tuple[float, ...] = (1, 1, 1)) -> dict[str, jax.Array]:
+    return blank(len(labels)) | {"labels": jnp.array(labels), "weights": jnp.array(weights, jnp.float32)}
+
+
+def test_classification_is_cross_entropy_and_counts_what_is_right() -> None:
+    model, objective = Certain(), Classification(label_smoothing=0.2)
+    nll = -jax.nn.log_softmax(model.logits)
+    loss = objective.loss(model, labelled(1, 0, 1, weights=(1, 1, 0)), None)
+    assert model.key is None and float(loss.weight) == 2
+    assert float(loss.total) == pytest.approx(float(nll[1] + nll[0]), rel=1e-6)
+    figures = objective.summary(float(loss.total), 2.0, {"correct": float(loss.metrics["correct"])})
+    assert figures == {"loss": pytest.approx(float(nll[1] + nll[0]) / 2, rel=1e-6), "accuracy": 0.5}
+
+
+def test_classes_are_smoothed_in_training_alone() -> None:
+    model, key = Certain(), jax.random.key(0)
+    nll = -jax.nn.log_softmax(model.logits)
+    target = jnp.array([0.05, 0.05, 0.85, 0.05])
+    loss = Classification(label_smoothing=0.2).loss(model, labelled(2, 2, 2), key)
+    assert model.key is key
+    assert float(loss.total) == pytest.approx(3 * float(target @ nll), rel=1e-6)
 
 
 @pytest.mark.parametrize("timesteps", [10, 1000, 65536])

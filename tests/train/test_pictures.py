@@ -20,6 +20,16 @@ def test_grid_clips_and_enlarges_without_smoothing() -> None:
 
 
 @pytest.mark.parametrize("channels", [1, 3])
+def test_captions_stand_below_their_images(channels) -> None:
+    pixels = pictures.captioned(np.zeros((3, 4, 5, channels), np.float32), ["8", "", "1, not 7"], 2, scale=6)
+    tall, wide, line = 24, 30, pictures.CAPTION_HEIGHT
+    assert pixels.shape == (2 * (tall + line + 4) + 4, 2 * (wide + 4) + 4, channels)
+    first, second = (pixels[4 + tall :][:line, x : x + wide] for x in (4, 8 + wide))
+    assert first.max() > 200 and first.min() == 0 and not second.any()
+    assert (pixels[4 : 4 + tall, 4 : 4 + wide] == 128).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3])
 def test_png_reads_back_as_written(tmp_path, channels) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (6, 5, channels), np.uint8)
     path = tmp_path / "new" / "picture.png"

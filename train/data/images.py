@@ -66,9 +66,14 @@ class ImageData:
         return tuple(_head(self._folder())["shape"])
 
     def fit(self, model: Any) -> Any:
-        """`model` with the number of channels of the images."""
-        channels = self.example_shape[-1]
-        return model if model.image_channels == channels else replace(model, image_channels=channels)
+        """`model` with the number of channels of the images, and with their size and classes where it has those."""
+        head = _head(self._folder())
+        height, width, channels = head["shape"]
+        known: dict[str, Any] = {"image_channels": channels, "image_size": (height, width)}
+        if len(getattr(model, "labels", ())) != head["classes"]:
+            known["labels"] = tuple(map(str, range(head["classes"])))
+        changed = {name: value for name, value in known.items() if getattr(model, name, value) != value}
+        return replace(model, **changed) if changed else model
 
     def _folder(self) -> Path:
         source = image_source(self.source, self.size, self.image_field, self.label_field, self.validation_fraction)

@@ -7,10 +7,12 @@ from zoo.train.experiment import Experiment
 from zoo.train.recipes import gpt2, gpt3
 from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
+from zoo.train.recipes.vit_digits import vit_digits
 
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
     "ddpm-digits": ddpm_digits,
+    "vit-digits": vit_digits,
     **gpt2.RECIPES,
     **gpt3.RECIPES,
 }

@@ -92,6 +92,7 @@ class MultiHeadAttention(nnx.Module):
         dropout: float = 0.0,
         precision: Precision = Precision(),
         init: Initializer = normal(0.02),
+        query_init: Initializer | None = None,
         out_init: Initializer | None = None,
     ):
         num_kv_heads = num_kv_heads or num_heads
@@ -106,7 +107,9 @@ class MultiHeadAttention(nnx.Module):
         kv_shape, kv_axes = (num_kv_heads, head_dim), ("embed", "kv_heads", "head_dim")
         out_axes, out_init = ("heads", "head_dim", "embed"), out_init or init
         out_bias = bias if out_bias is None else out_bias
-        self.query = linear(width, (num_heads, head_dim), axes=("embed", "heads", "head_dim"), bias=bias, init=init)
+        self.query = linear(
+            width, (num_heads, head_dim), axes=("embed", "heads", "head_dim"), bias=bias, init=query_init or init
+        )
         self.key = linear(kv_width or width, kv_shape, axes=kv_axes, bias=bias, init=init)
         self.value = linear(kv_width or width, kv_shape, axes=kv_axes, bias=bias, init=init)
         self.out = linear((num_heads, head_dim), width, axes=out_axes, bias=out_bias, init=out_init)

@@ -12,7 +12,7 @@ from zoo.kernels.memory import saved
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import LayerError
+from zoo.layers.linear import LayerError, Precision
 from zoo.sharding import constrain, is_variable, logical_axes
 
 Tree = TypeVar("Tree")
@@ -68,11 +68,21 @@ class StackOutput(NamedTuple):
     intermediates: Intermediates | None
 
 
+class LayerScale(nnx.Module):
+    """A learned factor for each feature of a residual branch x [..., D] (Touvron et al. 2021), all `value` at first."""
+
+    def __init__(self, width: int, value: float, *, precision: Precision = Precision()):
+        self.scale = nnx.Param(jnp.full(width, value, jnp.dtype(precision.parameters)), axes=("norm",))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (x * self.scale[...]).astype(x.dtype)
+
+
 class Block(nnx.Module):
     """Self-attention, optional cross-attention and feed-forward, each a residual branch with dropout.
 
     norm makes a normalisation for each branch. It stands before the branch (norm_first: x + f(norm(x)), GPT-2) or after
-    the sum (norm(x + f(x)), Vaswani et al. 2017).
+    the sum (norm(x + f(x)), Vaswani et al. 2017). branch_scale makes what a branch passes through before it is added.
     """
 
     def __init__(
@@ -83,13 +93,15 @@ class Block(nnx.Module):
         *,
         cross_attention: MultiHeadAttention | None = None,
         norm_first: bool = True,
+        branch_scale: Callable[[], LayerScale] | None = None,
         dropout: float = 0.0,
     ):
         self.norm_first, self.dropout = norm_first, dropout
-        self.attention_norm, self.attention = norm(), attention
-        self.cross_norm = None if cross_attention is None else norm()
+        scale = branch_scale or (lambda: None)
+        self.attention_norm, self.attention, self.attention_scale = norm(), attention, scale()
+        self.cross_norm, self.cross_scale = (None, None) if cross_attention is None else (norm(), scale())
         self.cross_attention = cross_attention
-        self.feedforward_norm, self.feedforward = norm(), feedforward
+        self.feedforward_norm, self.feedforward, self.feedforward_scale = norm(), feedforward, scale()
 
     def __call__(
         self,
@@ -135,19 +147,26 @@ class Block(nnx.Module):
             )
             return y
 
-        x = self._branch(x, self.attention_norm, self_attention, branch_keys[0])
+        def feedforward(x: jax.Array) -> jax.Array:
+            return self.feedforward(x, key=mlp_key)
+
+        x = self._branch(x, self.attention_norm, self_attention, self.attention_scale, branch_keys[0])
         if self.cross_norm is not None:
-            x = self._branch(x, self.cross_norm, cross_attention, branch_keys[1])
-        x = self._branch(x, self.feedforward_norm, lambda x: self.feedforward(x, key=mlp_key), branch_keys[2])
+            x = self._branch(x, self.cross_norm, cross_attention, self.cross_scale, branch_keys[1])
+        x = self._branch(x, self.feedforward_norm, feedforward, self.feedforward_scale, branch_keys[2])
         return BlockOutput(x, cache, weights, cross_weights)
 
     def _branch(
-        self, x: jax.Array, norm: nnx.Module, f: Callable[[jax.Array], jax.Array], key: jax.Array | None
+        self,
+        x: jax.Array,
+        norm: nnx.Module,
+        f: Callable[[jax.Array], jax.Array],
+        scale: LayerScale | None,
+        key: jax.Array | None,
     ) -> jax.Array:
-        if self.norm_first:
-            x = x + dropout(f(norm(x)), self.dropout, key)
-        else:
-            x = norm(x + dropout(f(x), self.dropout, key))
+        y = f(norm(x) if self.norm_first else x)
+        x = x + dropout(y if scale is None else scale(y), self.dropout, key)
+        x = x if self.norm_first else norm(x)
         return constrain(x, "act_batch", "act_length", "act_embed")
 
 

@@ -5,17 +5,22 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "unet", "xlnet")
+FAMILIES = ("bert", "gpt", "llama", "t5", "unet", "vit", "xlnet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
 PUBLISHED = {
     "bert": ("bert", "BertConfig"),
+    "dinov2": ("vit", "ViTConfig"),
+    "dinov2_with_registers": ("vit", "ViTConfig"),
     "gpt2": ("gpt", "GPTConfig"),
     "llama": ("llama", "LlamaConfig"),
     "mistral": ("llama", "LlamaConfig"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),
+    "t5": ("t5", "T5Config"),
+    "mt5": ("t5", "T5Config"),
+    "vit": ("vit", "ViTConfig"),
     "xlnet": ("xlnet", "XLNetConfig"),
 }
 

@@ -34,10 +34,11 @@ from zoo.models.published import (
     SpecialTokens,
     Weight,
     activation,
-    class_labels,
+    labels,
     linear,
     norm,
     number,
+    problem,
     published_activation,
     published_labels,
     require,
@@ -166,14 +167,9 @@ class BertConfig:
             raise PublishedError(
                 f"config.json has architectures {architectures!r}, and a BERT here is one of {', '.join(classes)}"
             )
-        head, labels = classes[architectures[0]], class_labels(fields, "BERT")
-        if head == "question_answering" and len(labels) != 2:
-            raise PublishedError(f"config.json has {len(labels)} labels, and a BERT that answers questions has 2")
-        problem_type = fields.get("problem_type")
-        if problem_type not in (None, *PROBLEMS):
-            raise PublishedError(
-                f"config.json has problem_type {problem_type!r}, which is none of {', '.join(PROBLEMS)}"
-            )
+        head, names = classes[architectures[0]], labels(fields, "BERT")
+        if head == "question_answering" and len(names) != 2:
+            raise PublishedError(f"config.json has {len(names)} labels, and a BERT that answers questions has 2")
         classifier_dropout = fields.get("classifier_dropout")
         return cls(
             vocab_size=size(fields, "vocab_size"),
@@ -184,8 +180,8 @@ class BertConfig:
             num_heads=size(fields, "num_attention_heads"),
             mlp_width=size(fields, "intermediate_size"),
             head=head,
-            labels=labels,
-            problem_type=problem_type,
+            labels=names,
+            problem_type=problem(fields),
             activation=activation(fields, "hidden_act", "gelu"),
             norm_epsilon=number(fields, "layer_norm_eps", 1e-12),
             dropout=number(fields, "hidden_dropout_prob", 0.1),
@@ -213,9 +209,10 @@ class BertConfig:
             "classifier_dropout": self.classifier_dropout,
             "tie_word_embeddings": True,
         }
+        fields |= published_labels(self.labels)
         if self.problem_type is not None:
             fields["problem_type"] = self.problem_type
-        return fields | published_labels(self.labels) | self.special_tokens.to_published()
+        return fields | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return _layout(self.kind)

@@ -19,10 +19,12 @@ ACTIVATIONS = {
 }
 """Published names of activations, and ours; the first published name of each of ours is the one written."""
 
+
 LABELS = ("LABEL_0", "LABEL_1")
 """What Hugging Face transformers calls labels that nobody named."""
 
 PROBLEMS = ("single_label_classification", "multi_label_classification", "regression")
+"""How classes are read: softmax, sigmoid, or values."""
 
 
 class PublishedError(ValueError):
@@ -37,7 +39,8 @@ class Weight:
     parameters: paths in the module, split by ".", in which "*" is the block of a stack's period. Several parameters
         lie in the tensor side by side, along `part` of the layout.
     layout: the einops pattern from the tensor to a parameter: "(n h) d -> d n h", or with several parameters
-        "d (part n h) -> part d n h". Read from right to left it is the way back.
+        "d (part n h) -> part d n h". Axes of size 1 that only the tensor has are 1: "1 t d -> t d". Read from right to
+        left it is the way back.
     """
 
     name: str
@@ -48,6 +51,7 @@ class Weight:
         """The published shape, from that of a parameter of one layer."""
         sizes = self.sizes(parameter_shape)
         groups = re.findall(r"\(([^)]*)\)|(\S+)", self.layout.split("->")[0])
+        sizes["1"] = 1
         return tuple(math.prod(sizes[axis] for axis in (group or single).split()) for group, single in groups)
 
     def sizes(self, parameter_shape: tuple[int, ...]) -> dict[str, int]:
@@ -163,24 +167,33 @@ def published_activation(ours: str) -> str:
     return next(published for published, name in ACTIVATIONS.items() if name == ours)
 
 
-def class_labels(fields: Mapping[str, Any], family: str) -> tuple[str, ...]:
-    """The names of classes, from id2label, or from their number where none are named."""
+def labels(fields: Mapping[str, Any], family: str) -> tuple[str, ...]:
+    """The names of classes, from id2label, or from their number where none are named. Two may bear the same name."""
     named = fields.get("id2label")
     if named is None:
         return tuple(f"LABEL_{i}" for i in range(size({"num_labels": 2} | dict(fields), "num_labels")))
     numbers = [str(i) for i in range(len(named))] if isinstance(named, dict) else []
     if not numbers or set(named) != set(numbers) or not all(isinstance(label, str) for label in named.values()):
         raise PublishedError(f"config.json has id2label {named!r}, which does not name classes by their numbers from 0")
-    labels = tuple(named[i] for i in numbers)
-    require(fields, f"{family} with id2label {named!r}", label2id={label: i for i, label in enumerate(labels)})
-    return labels
+    names = tuple(named[i] for i in numbers)
+    if len(set(names)) == len(names):
+        require(fields, f"{family} with id2label {named!r}", label2id={name: i for i, name in enumerate(names)})
+    return names
 
 
 def published_labels(labels: tuple[str, ...]) -> dict[str, Any]:
-    """What config.json says of them: nothing where it is what every config says."""
+    """The fields that name classes; none where nobody named the two there are unless told."""
     if labels == LABELS:
         return {}
     return {
         "id2label": {str(i): label for i, label in enumerate(labels)},
         "label2id": {label: i for i, label in enumerate(labels)},
     }
+
+
+def problem(fields: Mapping[str, Any]) -> str | None:
+    """How classes are read, a name in PROBLEMS; None where it is not said."""
+    value = fields.get("problem_type")
+    if value not in (None, *PROBLEMS):
+        raise PublishedError(f"config.json has problem_type {value!r}, which is none of {', '.join(PROBLEMS)}")
+    return value

@@ -42,11 +42,12 @@ from zoo.models.published import (
     SpecialTokens,
     Weight,
     activation,
-    class_labels,
     flag,
+    labels,
     linear,
     norm,
     number,
+    problem,
     published_activation,
     published_labels,
     require,
@@ -177,19 +178,16 @@ class XLNetConfig:
             raise PublishedError(
                 f"config.json has architectures {architectures!r}, and an XLNet here is one of {', '.join(classes)}"
             )
-        head, labels = classes[architectures[0]], class_labels(fields, "XLNet")
-        if head == "question_answering" and len(labels) != 2:
-            raise PublishedError(f"config.json has {len(labels)} labels, and an XLNet that answers questions has 2")
+        head, names = classes[architectures[0]], labels(fields, "XLNet")
+        if head == "question_answering" and len(names) != 2:
+            raise PublishedError(f"config.json has {len(names)} labels, and an XLNet that answers questions has 2")
         if head in SUMMARISED:
             summary = {"summary_type": "last", "summary_use_proj": True, "summary_activation": "tanh"}
             require(fields, f"{HEADS[head]}", **summary)
         kinds = {published: ours for ours, published in ATTENTION.items()}
-        attention, problem_type = fields.get("attn_type", "bi"), fields.get("problem_type")
-        for name, value, known in (("attn_type", attention, kinds), ("problem_type", problem_type, (None, *PROBLEMS))):
-            if value not in known:
-                raise PublishedError(
-                    f"config.json has {name} {value!r}, which is none of {', '.join(filter(None, known))}"
-                )
+        attention = fields.get("attn_type", "bi")
+        if attention not in kinds:
+            raise PublishedError(f"config.json has attn_type {attention!r}, which is none of {', '.join(kinds)}")
         width, num_heads = size(fields, "d_model"), size(fields, "n_head")
         if width % num_heads:
             raise PublishedError(f"config.json has n_head {num_heads}, which does not divide d_model {width}")
@@ -208,8 +206,8 @@ class XLNetConfig:
             reuse_length=size(fields, "reuse_len", optional=True),
             remembers=flag(fields, "use_mems_eval", True),
             longest_distance=None if clamp == -1 else size(fields, "clamp_len"),
-            labels=labels,
-            problem_type=problem_type,
+            labels=names,
+            problem_type=problem(fields),
             activation=activation(fields, "ff_activation", "gelu"),
             norm_epsilon=number(fields, "layer_norm_eps", 1e-12),
             dropout=number(fields, "dropout", 0.1),

@@ -123,6 +123,18 @@ def test_fit_sets_the_channels():
     assert ImageData().fit(Model(3)) == Model(1)
 
 
+@dataclasses.dataclass(frozen=True)
+class Classifier(Model):
+    image_size: tuple[int, int]
+    labels: tuple[str, ...]
+
+
+def test_fit_sets_size_and_classes_where_a_model_has_them():
+    named = tuple("abcdefghij")
+    assert ImageData().fit(Classifier(1, (4, 4), named)) == Classifier(1, (8, 8), named)
+    assert ImageData(size=6).fit(Classifier(3, (8, 8), ("a", "b"))) == Classifier(1, (6, 6), tuple("0123456789"))
+
+
 def test_wrong_input_is_answered_in_one_line(folder, tmp_path_factory):
     (folder / "cat" / "0.png").write_bytes(b"no picture")
     cases = [
