@@ -2,9 +2,10 @@
 
 Works with any model that has `features(tokens, cache=)`, `logits(hidden)`, `init_cache(batch_size, length)` and
 `config.max_length`, `config.vocab_size`, `config.special_tokens` (see zoo.models.decoder), and with those that read a
-source first: `encode(sources, segments=)`, and `init_cache(encoded, length)` (see zoo.models.encoder_decoder). Prompts
-of different length share a batch: each row stands left-aligned and has its own length, the cache's slots behind it are
-overwritten as the row grows.
+source first: `encode(sources, segments=)`, and `init_cache(encoded, length)` (see zoo.models.encoder_decoder). A model
+whose states depend on where a prompt ends has `read(tokens, lengths, slots)`, the state that follows each prompt and a
+cache, and is given one token at a time from there (see zoo.models.xlnet). Prompts of different length share a batch:
+each row stands left-aligned and has its own length, the cache's slots behind it are overwritten as the row grows.
 """
 
 import math
@@ -129,6 +130,8 @@ def _prefill(
 
 def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tuple[jax.Array, Any]:
     """The state [B, D] of each prompt's last token, and a cache that holds all of `prompts`, its padding included."""
+    if hasattr(model, "read"):
+        return model.read(prompts.tokens, prompts.lengths, slots)
     if sources is None:
         cache = model.init_cache(len(prompts.tokens), slots)
     else:

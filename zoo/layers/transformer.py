@@ -179,7 +179,7 @@ class Stack(nnx.Module):
 
     def __init__(
         self,
-        make: Callable[[nnx.Rngs], Block],
+        make: Callable[[nnx.Rngs], nnx.Module],
         num_layers: int,
         *,
         rngs: nnx.Rngs,

@@ -5,7 +5,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit")
+FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
@@ -23,6 +23,7 @@ PUBLISHED = {
     "t5": ("t5", "T5Config"),
     "mt5": ("t5", "T5Config"),
     "vit": ("vit", "ViTConfig"),
+    "xlnet": ("xlnet", "XLNetConfig"),
 }
 
 
