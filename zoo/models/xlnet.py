@@ -271,6 +271,10 @@ class Written:
         states = None if self.states is None else jnp.take(self.states, rows, axis=1)
         return Written(jnp.take(self.tokens, rows, axis=0), jnp.take(self.lengths, rows, axis=0), states)
 
+    def exchanged(self, rows: jax.Array) -> "Written":
+        """As `rows`, where each row is exchanged for one that continues the same prompt."""
+        return self.rows(rows)
+
 
 class XLNetFeatures(NamedTuple):
     """hidden: [B, T, D] of the tokens' contents, or, where there are targets, [B, P, D] of those places.
