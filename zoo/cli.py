@@ -12,6 +12,8 @@ VERBS = {
     "train": "zoo.commands.train",
     "sample": "zoo.commands.sample",
     "eval": "zoo.commands.evaluate",
+    "convert": "zoo.commands.convert",
+    "eject": "zoo.commands.eject",
     "list": "zoo.commands.list",
     "doctor": "zoo.commands.doctor",
 }
@@ -22,6 +24,8 @@ usage: zoo VERB ...
   zoo train RECIPE [flags]   train a recipe; --run FOLDER names the run, and resumes it if it exists
   zoo sample RUN [flags]     draw from a trained model
   zoo eval RUN [flags]       held-out figures of a run
+  zoo convert FOLDER OUT     weights of transformers' former Flax classes, as safetensors
+  zoo eject FAMILY           one family and its layers as a file of your own
   zoo list                   recipes, models and their presets
   zoo doctor                 devices, versions and what is missing on this machine
 

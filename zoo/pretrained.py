@@ -125,6 +125,17 @@ class Group(NamedTuple):
         return np.ascontiguousarray(rearrange(whole, f"{right} -> {left}", **self.weight.sizes(self.one_shape)))
 
 
+def shapes(all_groups: Iterable[Group]) -> dict[str, tuple[int, ...]]:
+    """The shape of every published tensor by its name."""
+    return {t.name: group.weight.tensor_shape(group.one_shape) for group in all_groups for t in group.tensors}
+
+
+def wanted_tensors(config: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor, by its name, that the published folder of a config's model holds."""
+    model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
+    return shapes(groups(model, config.published_layout().weights))
+
+
 def real_shape(variable: nnx.Variable, *, stacked: bool) -> tuple[int, ...]:
     shape, rows = variable.shape, variable.get_metadata().get("rows")
     shape = shape[1:] if stacked else shape
@@ -218,7 +229,7 @@ def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, S
     if (layers := layer_count(model)) > len(tensors.found):
         raise PretrainedError(f"{tensors.folder} has {len(tensors.found)} tensors, and its config.json {layers} layers")
     all_groups = list(groups(model, tensors.layout.weights))
-    tensors.check({t.name: group.weight.tensor_shape(group.one_shape) for group in all_groups for t in group.tensors})
+    tensors.check(shapes(all_groups))
     loaded: dict[str, nnx.Variable] = {}
     for group in all_groups:
         # One dtype for all layers: the widest, where a file mixes them.

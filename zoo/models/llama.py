@@ -159,9 +159,9 @@ class LlamaConfig(DecoderConfig):
         }[self.published]
         if "windows" in own:
             own["windows"] *= len(self.windows)
-        for field, value in own.items():
-            if getattr(self, field) != value:
-                raise PublishedError(f"{field} {getattr(self, field)}: {name}'s published layout has {value} alone")
+        for one, value in own.items():
+            if getattr(self, one) != value:
+                raise PublishedError(f"{one} {getattr(self, one)}: {name}'s published layout has {value} alone")
         if self.published == "llama" and self.width % self.num_heads:
             raise PublishedError(
                 f"width {self.width}: Llama's published layout has multiples of num_heads {self.num_heads} alone"
