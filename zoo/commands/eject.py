@@ -263,7 +263,8 @@ def parts(module: Module, names: dict[tuple[str, str], str]) -> list[Part]:
         binds = {names[module.name, name] for name in _bound([node])}
         tree = ast.parse(chunk)
         used = {one.id for one in ast.walk(tree) if isinstance(one, ast.Name)}
-        made.append(Part(chunk, binds, used - binds, _owner(tree.body[0])))
+        owner = _owner(tree.body[0])
+        made.append(Part(chunk, binds, used - binds, owner if owner in names.values() else None))
     return made
 
 
