@@ -118,6 +118,7 @@ class MaskedTextData(TokenizedText):
         if len(documents) < 2:
             raise UserError(
                 f"the {split} text of {self.source} is one document, and pairs need another: give --data.no-pairs"
+                f"{', or raise --data.validation-fraction' if split == 'validation' else ''}"
             )
         batch_size, seed = packed.batch_size, packed.seed
         return SentencePairs(packed.tokens, documents, boundaries, self.length - 3, batch_size, seed, self.short)

@@ -72,14 +72,14 @@ def segmentation(items: int, segments: int, index: np.ndarray, *key: int) -> np.
     return np.diff(edges, axis=1)
 
 
-def with_sentinels(tokens: np.ndarray, taken: np.ndarray, sentinels: np.ndarray, end: int) -> np.ndarray:
+def with_sentinels(tokens: np.ndarray, taken: np.ndarray, sentinels: np.ndarray, end: int, width: int) -> np.ndarray:
     """tokens [B, T] with one sentinel in the place of each run of `taken` [B, T], and `end` behind; sentinels in order.
 
-    Every row has as many tokens taken, in as many runs.
+    [B, width], int32: every row has as many tokens taken, in as many runs.
     """
     first = taken & ~np.pad(taken, ((0, 0), (1, 0)))[:, :-1]
     shown = np.where(first, sentinels[np.maximum(np.cumsum(first, axis=1) - 1, 0)], tokens)
-    kept = shown[first | ~taken].reshape(len(tokens), -1)
+    kept = shown[first | ~taken].reshape(len(tokens), width - 1)
     return np.pad(kept, ((0, 0), (0, 1)), constant_values=end).astype(np.int32)
 
 
@@ -111,10 +111,10 @@ class CorruptedSpans:
         noise = noise_mask(self.spans, index, self.packed.seed or 0)
         roles = self.vocabulary.roles
         sentinels = np.array([roles[f"sentinel {i}"] for i in range(self.spans.spans)], np.int32)
-        targets = with_sentinels(text["tokens"], ~noise, sentinels, roles["end"])
+        targets = with_sentinels(text["tokens"], ~noise, sentinels, roles["end"], self.spans.targets)
         whole = text["weights"].all(axis=1, keepdims=True)
         return {
-            "sources": with_sentinels(text["tokens"], noise, sentinels, roles["end"]),
+            "sources": with_sentinels(text["tokens"], noise, sentinels, roles["end"], self.spans.inputs),
             "tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=roles["pad"]),
             "targets": targets,
             "weights": np.broadcast_to(whole, targets.shape).astype(np.float32),
