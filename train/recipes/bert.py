@@ -12,20 +12,23 @@ Bert = Experiment[BertConfig, MaskedTextData, MaskedLM, MaskSampler]
 
 
 def bert_nano() -> Bert:
-    """A small BERT on the language reference of this Python.
+    """A small BERT on the language reference of this Python: about seven minutes on two busy CPU cores.
 
     Command:  zoo train bert-nano
     Data:     python_docs (0.4 MB of English, byte-level tokens), made from the interpreter's own pydoc_data.topics
+    Model:    3 layers of width 128, 4 heads, 128 bytes of context, 0.7 M parameters
+    Result:   of held-out text 42 % of the masked bytes, and whether the
+              second text follows in 85 % of the pairs; both still rise when it ends
     """
     return Experiment(
         name="bert-nano",
         model=BertConfig(
             vocab_size=261,
             max_length=128,
-            num_layers=4,
-            width=192,
-            num_heads=6,
-            mlp_width=768,
+            num_layers=3,
+            width=128,
+            num_heads=4,
+            mlp_width=512,
             head="pretraining",
             dropout=0.0,
             attention_dropout=0.0,
@@ -34,10 +37,10 @@ def bert_nano() -> Bert:
         objective=MaskedLM(),
         sampler=MaskSampler(),
         optimizer=Optimizer(name="muon", learning_rate=1e-2, warmup_steps=50),
-        steps=600,
+        steps=1000,
         batch_size=16,
-        eval_every=200,
-        checkpoint_every=300,
+        eval_every=250,
+        checkpoint_every=250,
     )
 
 
