@@ -10,28 +10,25 @@ import optax
 import pytest
 from flax import nnx
 
-from zoo.layers.attention import MultiHeadAttention
-from zoo.layers.feedforward import FeedForward
-from zoo.layers.linear import Embed, normal
-from zoo.layers.norms import LayerNorm
-from zoo.layers.positions import LearnedPositions
-from zoo.layers.transformer import Block, Stack
 from zoo.models.bert import BertConfig
-from zoo.models.encoder_decoder import EncoderDecoder
+from zoo.models.t5 import T5Config
+from zoo.models.xlnet import XLNetConfig
 from zoo.train.data import topics
+from zoo.train.data.draws import uniform
 from zoo.train.data.masking import Masking
+from zoo.train.data.permuted_text import factorisation
 from zoo.train.data.sentence_pairs import NEXT, OTHER, SentencePairs, joined
 from zoo.train.data.span_corruption import Spans, noise_mask, with_sentinels
 from zoo.train.data.vocabulary import Vocabulary, vocabulary
 from zoo.train.data.words import Boundaries
-from zoo.train.objectives import MaskedLM, SequenceToSequence
+from zoo.train.objectives import MaskedLM, PermutationLM, SequenceToSequence
 
 Batch = dict[str, np.ndarray]
 
-ROWS, COPIES, LENGTH, STEPS = 8, 2, 32, 250
+ROWS, COPIES, LENGTH, STEPS = 8, 4, 32, 200
 
 
-def trained(objective: Any, model: Any, batch: Callable[[int], Batch], steps: int, rate: float = 5e-3) -> Any:
+def trained(objective: Any, model: Any, batch: Callable[[int], Batch], steps: int = STEPS, rate: float = 1e-2) -> Any:
     """`model` after `steps` of Adam on batch(0), batch(1) and so on, one program."""
     schedule = optax.cosine_onecycle_schedule(steps, rate)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule))
@@ -126,7 +123,7 @@ def test_masked_words_of_a_text_known_by_heart(pairs: tuple[Batch, Vocabulary], 
     """Where what is predicted was never masked in training, a model learns to copy, and fills no masks."""
     batch, words = pairs
     shares = {"kept": 1.0, "replaced": 0.0} if ablated else {}
-    model = trained(MaskedLM(), bert(words), lambda step: masked(batch, words, step, **shares), steps=STEPS)
+    model = trained(MaskedLM(), bert(words), lambda step: masked(batch, words, step, **shares))
     hidden = masked(batch, words, 10_000, kept=0.0, replaced=0.0)
     found = figures(MaskedLM(), model, hidden)
     print(found)
@@ -138,73 +135,67 @@ def test_masked_words_of_a_text_known_by_heart(pairs: tuple[Batch, Vocabulary], 
         assert found["next_sentence_accuracy"] == 1.0
 
 
-@dataclass(frozen=True)
-class CopierConfig:
-    """Of a pre-norm encoder-decoder with learned positions."""
-
-    vocab_size: int
-    max_length: int = 64
-    width: int = 64
-    num_layers: int = 2
-
-    def build(self, rngs: nnx.Rngs) -> "Copier":
-        return Copier(self, rngs)
-
-
-class Copier(EncoderDecoder):
-    def __init__(self, config: CopierConfig, rngs: nnx.Rngs):
-        self.config, width = config, config.width
-        init = normal(width**-0.5)
-
-        def block(rngs: nnx.Rngs, cross: bool) -> Block:
-            attention = [MultiHeadAttention(width, 4, rngs=rngs, init=init) for _ in range(1 + cross)]
-            feedforward = FeedForward(width, 2 * width, rngs=rngs, init=init)
-            return Block(
-                attention[0], feedforward, lambda: LayerNorm(width), cross_attention=attention[1] if cross else None
-            )
-
-        self.embed, self.unembed = Embed(config.vocab_size, width, rngs=rngs), None
-        self.positions = LearnedPositions(config.max_length, width, rngs=rngs)
-        self.encoder = Stack(lambda rngs: block(rngs, False), config.num_layers, rngs=rngs)
-        self.decoder = Stack(lambda rngs: block(rngs, True), config.num_layers, rngs=rngs)
-        self.norm = LayerNorm(width)
-
-    def embedded(self, tokens: jax.Array, positions: jax.Array, key: Any, *, decoding: bool) -> jax.Array:
-        return self.embed(tokens) + self.positions(positions)
-
-    def ended(self, x: jax.Array, key: Any, *, decoding: bool) -> jax.Array:
-        return self.norm(x)
-
-
-def spans_batch(text: np.ndarray, words: Vocabulary, step: int, shown: bool = False) -> Batch:
-    """Rows of text [B, T] with corrupted spans; `shown`: what a sentinel stands for is left behind it."""
-    spans = Spans.of(text.shape[1], 0.2, 1.0)  # Of one word each: none tells of the next.
-    noise = noise_mask(spans, step * len(text) + np.arange(len(text)), 0)
+def spans_batch(text: np.ndarray, words: Vocabulary, step: int, apart: bool = False) -> Batch:
+    """Rows of text [B, T] with corrupted spans; `apart`: targets are of other spans than the source's."""
+    index = step * len(text) + np.arange(len(text))
+    spans = Spans.of(text.shape[1], 0.15, 1.0)  # Of one word each: none tells of the next.
     sentinels = np.array([words.roles[f"sentinel {i}"] for i in range(spans.spans)])
     pad, end = words.roles["pad"], words.roles["end"]
-    sources = with_sentinels(text, noise, sentinels, end, spans.inputs)
-    if shown:
-        firsts = [np.flatnonzero(np.diff(np.pad(row, (1, 0)).astype(int)) == 1) for row in noise]
-        sources = np.stack([np.insert(row, first, sentinels) for row, first in zip(text, firsts, strict=True)])
-    targets = with_sentinels(text, ~noise, sentinels, end, spans.targets)
-    tokens = np.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=pad)
-    # What is predicted is the noise: sentinels are known from their number alone.
-    weights = (targets < words.text).astype(np.float32)
-    return {"sources": sources, "tokens": tokens, "targets": targets, "weights": weights}
+    targets = with_sentinels(text, ~noise_mask(spans, index, int(apart)), sentinels, end, spans.targets)
+    return {
+        "sources": with_sentinels(text, noise_mask(spans, index, 0), sentinels, end, spans.inputs),
+        "tokens": np.pad(targets[:, :-1], ((0, 0), (1, 0)), constant_values=pad),
+        "targets": targets,
+        # Sentinels are known from their number alone.
+        "weights": (targets < words.text).astype(np.float32),
+    }
 
 
-@pytest.mark.parametrize("ablated", [False, True], ids=["taken away", "shown"])
+@pytest.mark.parametrize("ablated", [False, True], ids=["spans", "other spans"])
 def test_spans_of_a_text_known_by_heart(text: Text, ablated: bool) -> None:
-    """Where spans are left in the source, a model learns to copy, and does not know what is missing."""
-    words = vocabulary(text, ("pad", "end"), sentinels=5)
-    rows = np.repeat(np.concatenate(text.documents)[: ROWS * 24].reshape(ROWS, 24), COPIES, axis=0)
-    model = CopierConfig(words.size).build(nnx.Rngs(0))
-    objective = SequenceToSequence()
-    model = trained(objective, model, lambda step: spans_batch(rows, words, step, ablated), steps=STEPS)
-    found = figures(objective, model, spans_batch(rows, words, 10_000))
-    print(found, figures(objective, model, spans_batch(rows, words, 10_000, ablated)))
+    """Where sentinels of source and target do not belong together in training, they do not tell what is missing."""
+    words, rows = vocabulary(text, ("pad", "end"), sentinels=4), rows_of(text)
+    sizes = {"num_layers": 2, "width": 64, "num_heads": 4, "head_dim": 16, "mlp_width": 128}
+    model = T5Config(words.size, **sizes, dropout=0.0).build(nnx.Rngs(0))
+    model = trained(SequenceToSequence(), model, lambda step: spans_batch(rows, words, step, ablated))
+    found = figures(SequenceToSequence(), model, spans_batch(rows, words, 10_000))
+    print(found)
+    assert found["accuracy"] < 0.5 if ablated else found["accuracy"] > 0.95
+
+
+def rows_of(text: Text) -> np.ndarray:
+    """The text in eight rows of 24 words, several times over."""
+    return np.repeat(np.concatenate(text.documents)[: ROWS * 24].reshape(ROWS, 24), COPIES, axis=0)
+
+
+def permuted_batch(text: np.ndarray, step: int, forwards: bool = False) -> Batch:
+    """Rows of text [B, T], a third of them to be predicted, in random orders; or all, from left to right."""
+    index = step * len(text) + np.arange(len(text))
+    predicted = np.argsort(uniform(index, text.shape[1], 1), axis=1) < text.shape[1] // 3
+    order = factorisation(predicted, index, 0)
+    if forwards:
+        predicted, order = np.ones(text.shape, bool), np.broadcast_to(np.arange(text.shape[1]), text.shape)
+    places = np.nonzero(predicted)[1].reshape(len(text), -1)
+    return {
+        "tokens": text,
+        "token_types": np.zeros_like(text),
+        "order": order.astype(np.int32),
+        "places": places.astype(np.int32),
+        "targets": np.take_along_axis(text, places, axis=1),
+        "weights": np.ones(places.shape, np.float32),
+    }
+
+
+@pytest.mark.parametrize("ablated", [False, True], ids=["any order", "left to right"])
+def test_words_in_any_order_of_a_text_known_by_heart(text: Text, ablated: bool) -> None:
+    """Where orders are not permuted in training, a model knows what follows, not what stands between."""
+    rows, sizes = rows_of(text), {"num_layers": 2, "width": 64, "num_heads": 4, "mlp_width": 128}
+    model = XLNetConfig(text.vocab_size, head="lm", **sizes, dropout=0.0).build(nnx.Rngs(0))
+    model = trained(PermutationLM(), model, lambda step: permuted_batch(rows, step, ablated))
+    found = figures(PermutationLM(), model, permuted_batch(rows, 10_000))
+    print(found, figures(PermutationLM(), model, permuted_batch(rows, 10_000, ablated)))
     if ablated:
-        assert figures(objective, model, spans_batch(rows, words, 10_000, ablated))["accuracy"] > 0.95
+        assert figures(PermutationLM(), model, permuted_batch(rows, 10_000, ablated))["accuracy"] > 0.9
         assert found["accuracy"] < 0.5
     else:
         assert found["accuracy"] > 0.95
