@@ -132,8 +132,8 @@ class Optimizer:
     name: str = "adamw"  # adamw, muon, or any optimizer of optax by its name
     learning_rate: float = 3e-4  # at the peak
     warmup_steps: int = 100
-    schedule: str = "cosine"
-    final_fraction: float = 0.1  # of the peak, at the last step
+    schedule: str = "cosine"  # or linear, constant, inverse_sqrt
+    final_fraction: float = 0.1  # of the peak, at the last step, with cosine and linear
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95

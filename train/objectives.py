@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from zoo.diffusion import schedules
 from zoo.diffusion.losses import noise_prediction
 from zoo.kernels import linear_cross_entropy
+from zoo.layers.linear import Head
+from zoo.sharding import constrain
 from zoo.train.experiment import Batch, Loss
 
 
@@ -27,20 +29,10 @@ class NextToken:
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         hidden = model.hidden(batch["tokens"], positions=batch["positions"], segments=batch["segments"], key=key)
-        head, weights = model.head(), batch["weights"]
+        weights = batch["weights"]
         # Evaluation measures the likelihood itself.
         smoothing, z_loss = (0.0, 0.0) if key is None else (self.label_smoothing, self.z_loss)
-        total, metrics = linear_cross_entropy(
-            hidden,
-            head.kernel,
-            batch["targets"],
-            weights,
-            bias=head.bias,
-            label_smoothing=smoothing,
-            z_loss=z_loss,
-            vocabulary=head.vocabulary,
-            precision=head.precision,
-        )
+        total, metrics = word_losses(model.head(), hidden, batch, smoothing, z_loss)
         metrics["bytes"] = jnp.sum(weights * batch["bytes"])
         return Loss(total, jnp.sum(weights), metrics)
 
@@ -50,15 +42,128 @@ class NextToken:
         bits_per_byte counts every token's nats over the bytes of text, so that it compares across tokenizers.
         accuracy: share of tokens whose target has the largest logit. log_z_squared: what z_loss keeps small.
         """
-        weight = max(weight, 1.0)
-        nats = metrics["nll"] / weight
-        figures = {
-            "loss": total / weight,
-            "perplexity": math.exp(min(nats, 700.0)),
-            "bits_per_byte": metrics["nll"] / math.log(2) / max(metrics["bytes"], 1.0),
-            "accuracy": metrics["correct"] / weight,
+        bits = metrics["nll"] / math.log(2) / max(metrics["bytes"], 1.0)
+        figures = word_figures(total, weight, metrics) | {"bits_per_byte": bits}
+        return figures | ({"log_z_squared": metrics["z"] / max(weight, 1.0)} if self.z_loss else {})
+
+
+@dataclass(frozen=True)
+class MaskedLM:
+    """Cross entropy of masked words and, where batches are of pairs, of what the second text is (Devlin et al. 2018).
+
+    Batches are those of zoo.train.data.masked_text. The model gives `features(tokens, token_types=, segments=, key=)`,
+    hidden [B, T, D] and pooled [B, D]; `words` and `head()`, which score the hidden states of the places that are
+    predicted alone; and `next_sentence`, pooled states to scores [B, 2].
+    """
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        """Sums are of words, and of pairs as many times: both means are added, of each micro-batch."""
+        features = model.features(
+            batch["tokens"], token_types=batch.get("token_types"), segments=batch["segments"], key=key
+        )
+        states = jnp.take_along_axis(features.hidden, batch["places"][..., None], axis=1)
+        states = model.words(constrain(states, "act_batch", None, "act_embed"))
+        total, metrics = word_losses(model.head(), states, batch)
+        weight = jnp.sum(batch["weights"])
+        if "next_sentence" in batch:
+            real = jnp.any(batch["weights"] > 0, axis=1).astype(jnp.float32)
+            scores, kinds = model.next_sentence(features.pooled), batch["next_sentence"]
+            nll = -jnp.take_along_axis(jax.nn.log_softmax(scores), kinds[:, None], axis=1)[:, 0]
+            metrics |= {
+                "pairs": jnp.sum(real),
+                "pair_nll": jnp.sum(real * nll),
+                "pair_correct": jnp.sum(real * (jnp.argmax(scores, axis=1) == kinds)),
+            }
+            total += weight * metrics["pair_nll"] / jnp.maximum(metrics["pairs"], 1)
+        return Loss(total, weight, metrics)
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: nats of a masked word and, where there are pairs, of a pair.
+
+        perplexity, accuracy: of masked words.  next_sentence_loss, next_sentence_accuracy: of pairs.
+        """
+        figures = word_figures(metrics["nll"], weight, metrics)
+        if "pairs" not in metrics:
+            return figures
+        pairs = max(metrics["pairs"], 1.0)
+        of_pairs = metrics["pair_nll"] / pairs
+        figures["loss"] += of_pairs
+        return figures | {
+            "next_sentence_loss": of_pairs,
+            "next_sentence_accuracy": metrics["pair_correct"] / pairs,
         }
-        return figures | ({"log_z_squared": metrics["z"] / weight} if self.z_loss else {})
+
+
+@dataclass(frozen=True)
+class SequenceToSequence:
+    """Cross entropy of a target's tokens given a source, over batches of sources [B, S] and tokens, targets,
+    weights [B, T].
+
+    Sources that pad come with source_segments [B, S]. The model gives `hidden(sources, tokens, source_segments=, key=)`
+    [B, T, D] and `head()`: see zoo.models.encoder_decoder.
+    label_smoothing: Vaswani et al. 2017, section 5.4.  z_loss: T5's, which keeps logits small.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        hidden = model.hidden(batch["sources"], batch["tokens"], source_segments=batch.get("source_segments"), key=key)
+        smoothing, z_loss = (0.0, 0.0) if key is None else (self.label_smoothing, self.z_loss)
+        total, metrics = word_losses(model.head(), hidden, batch, smoothing, z_loss)
+        return Loss(total, jnp.sum(batch["weights"]), metrics)
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: nats a token of the target, as minimised.  perplexity, accuracy: of the likelihood alone."""
+        return word_figures(total, weight, metrics)
+
+
+@dataclass(frozen=True)
+class PermutationLM:
+    """Cross entropy of tokens in a random order, each given those before it (Yang et al. 2019).
+
+    Batches are those of zoo.train.data.permuted_text. The model gives `hidden(tokens, token_types=, order=, targets=,
+    key=)`, states [B, P, D] of the places `targets` [B, P], and `head()`.
+    """
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        hidden = model.hidden(
+            batch["tokens"], token_types=batch["token_types"], order=batch["order"], targets=batch["places"], key=key
+        )
+        total, metrics = word_losses(model.head(), hidden, batch)
+        return Loss(total, jnp.sum(batch["weights"]), metrics)
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: nats of a predicted token.  perplexity, accuracy: of predicted tokens."""
+        return word_figures(total, weight, metrics)
+
+
+def word_losses(
+    head: Head, hidden: jax.Array, batch: Batch, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The sum over a batch's targets [B, T], with its weights, and further sums: see linear_cross_entropy."""
+    total, metrics = linear_cross_entropy(
+        hidden,
+        head.kernel,
+        batch["targets"],
+        batch["weights"],
+        bias=head.bias,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        vocabulary=head.vocabulary,
+        precision=head.precision,
+    )
+    return total, dict(metrics)
+
+
+def word_figures(total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+    """loss, and the perplexity and accuracy of what `word_losses` summed."""
+    weight = max(weight, 1.0)
+    return {
+        "loss": total / weight,
+        "perplexity": math.exp(min(metrics["nll"] / weight, 700.0)),
+        "accuracy": metrics["correct"] / weight,
+    }
 
 
 @dataclass(frozen=True)

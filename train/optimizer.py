@@ -19,7 +19,7 @@ from zoo.train.experiment import Optimizer, UserError
 
 Rate = Callable[[Any], jax.Array]
 
-SCHEDULES = ("cosine", "linear", "constant")
+SCHEDULES = ("cosine", "linear", "constant", "inverse_sqrt")
 
 # Added to the root of Adam's second moment.
 EPSILON = 1e-8
@@ -32,7 +32,11 @@ _OTHER_ARGUMENTS = {"lbfgs", "noisy_sgd", "optimistic_adam", "rprop", "sm3"}
 
 
 def schedule(optimizer: Optimizer, steps: int) -> Rate:
-    """The learning rate of step 0, 1, ...: linear warm-up, then down to final_fraction of the peak at `steps`."""
+    """The learning rate of step 0, 1, ...: linear warm-up, then down to final_fraction of the peak at `steps`.
+
+    "inverse_sqrt" falls as 1 / sqrt(step), whatever `steps` and final_fraction are (Vaswani et al. 2017, equation 3,
+    whose peak for a model of width D is (D * warmup_steps) ** -0.5).
+    """
     if optimizer.schedule not in SCHEDULES:
         raise UserError(f"schedule {optimizer.schedule!r} is unknown: the schedules are {', '.join(SCHEDULES)}")
     warmup = min(optimizer.warmup_steps, steps)
@@ -40,9 +44,14 @@ def schedule(optimizer: Optimizer, steps: int) -> Rate:
     def rate(step: Any) -> jax.Array:
         rise = jnp.minimum(1.0, (step + 1) / max(warmup, 1))
         done = jnp.clip((step + 1 - warmup) / max(steps - warmup, 1), 0.0, 1.0)
-        fall = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)), "linear": 1 - done, "constant": jnp.ones_like(done)}
         floor = optimizer.final_fraction
-        return optimizer.learning_rate * rise * (floor + (1 - floor) * fall[optimizer.schedule])
+        share = {
+            "cosine": floor + (1 - floor) * 0.5 * (1 + jnp.cos(jnp.pi * done)),
+            "linear": floor + (1 - floor) * (1 - done),
+            "constant": jnp.ones_like(done),
+            "inverse_sqrt": jnp.sqrt(jnp.minimum(1.0, max(warmup, 1) / (step + 1))),
+        }
+        return optimizer.learning_rate * rise * share[optimizer.schedule]
 
     return rate
 

@@ -14,6 +14,7 @@ from zoo.diffusion import samplers, schedules
 from zoo.generation import Sampling, generate
 from zoo.sharding import constrain
 from zoo.train import pictures
+from zoo.train.data.vocabulary import Vocabulary
 from zoo.train.experiment import UserError
 
 PICTURE_WIDTH = 640
@@ -94,6 +95,65 @@ class TextStream:
         if len(text) > self._shown:
             self._emit(text[self._shown :])
             self._shown = len(text)
+
+
+@dataclass(frozen=True)
+class MaskSampler:
+    """Held-out rows as a masked language model sees them, as it fills them, each mask by its likeliest token, and as
+    they were.
+
+    rows: how many.  columns: characters of each that are shown.
+    """
+
+    rows: int = 3
+    columns: int = 100
+
+    def check(self, model: Any, data: Any) -> None:
+        """`model`: a config whose `kind` has words. Raises UserError."""
+        if min(self.rows, self.columns) < 1:
+            raise UserError(f"{self.rows} rows of {self.columns} characters show nothing: choose both from 1")
+        if not model.kind.words:
+            raise UserError(f"a model with head {model.head!r} fills no masks: give --model.head pretraining")
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Three lines a row. Masks are _, and what begins or parts texts is |."""
+        self.check(model.config, data)
+        dataset, tokenizer = data.open("validation", batch_size=self.rows, seed=0), data.load_tokenizer()
+        batch = dataset.batch(0, range(self.rows))
+
+        @jax.jit
+        def likeliest(model: Any, batch: Any) -> jax.Array:
+            hidden = model.hidden(batch["tokens"], token_types=batch.get("token_types"), segments=batch["segments"])
+            hidden = jnp.take_along_axis(hidden, batch["places"][..., None], axis=1)
+            return jnp.argmax(constrain(model.logits(hidden), None, None, None), axis=-1)
+
+        guesses, shown = np.asarray(likeliest(model, batch)), []
+        for row in np.flatnonzero(batch["weights"].any(axis=1)):
+            real = batch["weights"][row] > 0
+            seen = batch["tokens"][row]
+            filled, clean = seen.copy(), seen.copy()
+            filled[batch["places"][row][real]] = guesses[row][real]
+            clean[batch["places"][row][real]] = batch["targets"][row][real]
+            for name, tokens in {"seen": seen, "filled": filled, "text": clean}.items():
+                shown.append(f"{name:<8}{readable(tokens, tokenizer, dataset.vocabulary)[: self.columns]}")
+            shown.append("")
+        return "\n".join(shown).rstrip()
+
+
+def readable(tokens: np.ndarray, tokenizer: Any, vocabulary: Vocabulary) -> str:
+    """A line of text: _ for each mask, | for other special tokens, nothing for padding."""
+    roles = vocabulary.roles
+    signs = {roles.get("mask"): "_", roles.get("pad"): ""}
+    special, pieces, run = vocabulary.is_special(), [], []
+    for token in [*map(int, tokens), vocabulary.end_of_text]:
+        if not special[token]:
+            run.append(token)
+            continue
+        pieces += [tokenizer.decode(run), signs.get(token, "|")]
+        run = []
+    return " ".join("".join(pieces[:-1]).split())
 
 
 @dataclass(frozen=True)

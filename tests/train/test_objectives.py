@@ -11,7 +11,15 @@ import pytest
 
 from zoo.diffusion import schedules
 from zoo.layers.linear import Head
-from zoo.train.objectives import Classification, NextToken, NoisePrediction, spread_times
+from zoo.train.objectives import (
+    Classification,
+    MaskedLM,
+    NextToken,
+    NoisePrediction,
+    PermutationLM,
+    SequenceToSequence,
+    spread_times,
+)
 
 
 class Constant:
@@ -55,6 +63,78 @@ def test_evaluation_measures_the_likelihood_alone():
     evaluated = regularised.loss(model, a_batch(), None)
     assert float(evaluated.total) == pytest.approx(float(NextToken().loss(model, a_batch(), None).total))
     assert float(evaluated.total) != pytest.approx(float(regularised.loss(model, a_batch(), jax.random.key(0)).total))
+
+
+class Reader:
+    """A model that gives every place the same scores, of words and of pairs; keeps what it was asked for."""
+
+    def __init__(self, words: np.ndarray, pairs: np.ndarray | None = None):
+        self._words = Constant(words)
+        self.head, self._pairs = self._words.head, pairs
+
+    def features(self, tokens: jax.Array, *, token_types: Any, segments: jax.Array, key: Any) -> Any:
+        places = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.float32)[None, :, None], (*tokens.shape, 1))
+        return SimpleNamespace(hidden=places, pooled=None)
+
+    def words(self, states: jax.Array) -> jax.Array:
+        self.asked = np.asarray(states[..., 0])
+        return jnp.ones_like(states)
+
+    def next_sentence(self, pooled: None) -> jax.Array:
+        return jnp.asarray(self._pairs, jnp.float32)
+
+    def hidden(self, *inputs: jax.Array, **arguments: Any) -> jax.Array:
+        self.given = inputs, arguments
+        places = arguments.get("targets", inputs[-1])
+        return jnp.ones((*places.shape, 1))
+
+
+def a_masked_batch() -> dict[str, jax.Array]:
+    return {
+        "tokens": jnp.zeros((3, 6), int),
+        "segments": jnp.ones((3, 6), int),
+        "places": jnp.array([[1, 4], [2, 0], [0, 0]]),
+        "targets": jnp.array([[0, 1], [0, 7], [7, 7]]),
+        "weights": jnp.array([[1.0, 1], [1, 0], [0, 0]]),
+    }
+
+
+def test_masked_words_are_scored_at_their_places_alone():
+    model = Reader(np.log(np.array([0.5, 0.25, *[0.05] * 5])))
+    loss = MaskedLM().loss(model, a_masked_batch(), None)
+    np.testing.assert_array_equal(model.asked, [[1, 4], [2, 0], [0, 0]])
+    assert float(loss.weight) == 3 and float(loss.total) == pytest.approx(4 * math.log(2), rel=1e-6)
+    figures = MaskedLM().summary(float(loss.total), 3.0, {k: float(v) for k, v in loss.metrics.items()})
+    assert figures == pytest.approx({"loss": 4 / 3 * math.log(2), "perplexity": 2 ** (4 / 3), "accuracy": 2 / 3})
+
+
+def test_the_means_of_words_and_pairs_are_added():
+    """The third row only fills its batch."""
+    pairs = np.log(np.array([[0.5, 0.5], [0.25, 0.75], [0.9, 0.1]]))
+    model = Reader(np.zeros(7), pairs)
+    batch = a_masked_batch() | {"token_types": jnp.zeros((3, 6), int), "next_sentence": jnp.array([0, 0, 1])}
+    loss = MaskedLM().loss(model, batch, None)
+    expected = math.log(7) + (math.log(2) + math.log(4)) / 2
+    assert float(loss.total / loss.weight) == pytest.approx(expected, rel=1e-6)
+    figures = MaskedLM().summary(0.0, 3.0, {k: float(v) for k, v in loss.metrics.items()})
+    assert figures["loss"] == pytest.approx(expected, rel=1e-6)
+    assert figures["next_sentence_loss"] == pytest.approx(1.5 * math.log(2), rel=1e-6)
+    assert figures["next_sentence_accuracy"] == 0.5
+
+
+def test_what_models_of_sources_and_of_orders_are_given():
+    batch = {name: jnp.zeros((2, 4), int) for name in ("sources", "tokens", "targets", "token_types", "order")}
+    batch |= {"weights": jnp.ones((2, 4)), "places": jnp.zeros((2, 4), int)}
+    for objective, names in ((SequenceToSequence(), ["source_segments"]), (PermutationLM(), ["order", "token_types"])):
+        model = Reader(np.zeros(7))
+        loss = objective.loss(model, batch, None)
+        assert float(loss.weight) == 8 and float(loss.total) == pytest.approx(8 * math.log(7), rel=1e-6)
+        assert set(names) <= set(model.given[1])
+    smoothed = SequenceToSequence(label_smoothing=0.1, z_loss=0.1)
+    model = Reader(np.arange(7.0))
+    assert float(smoothed.loss(model, batch, None).total) != pytest.approx(
+        float(smoothed.loss(model, batch, jax.random.key(0)).total)
+    )
 
 
 class Denoiser:

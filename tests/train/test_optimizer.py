@@ -67,6 +67,15 @@ def test_schedules(name: str, middle: float):
     assert (np.diff(got[3:]) <= 0).all()
 
 
+def test_the_transformers_schedule():
+    """Equation 3 of Vaswani et al. 2017: D^-0.5 min(n^-0.5, n w^-1.5), n from 1."""
+    width, warmup, steps = 512, 40, 400
+    peak = (width * warmup) ** -0.5
+    got = rates(Optimizer(learning_rate=peak, warmup_steps=warmup, schedule="inverse_sqrt"), steps)
+    n = np.arange(1, steps + 1)
+    np.testing.assert_allclose(got, width**-0.5 * np.minimum(n**-0.5, n * warmup**-1.5), rtol=1e-5)
+
+
 def test_a_run_shorter_than_its_warmup():
     np.testing.assert_allclose(rates(Optimizer(learning_rate=1.0, warmup_steps=100), 4), [0.25, 0.5, 0.75, 1.0])
 

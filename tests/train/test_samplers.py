@@ -1,15 +1,19 @@
 """Text samplers: what they draw, how it streams, and where a sequence ends."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import jax
 import pytest
 from flax import nnx
 
+from zoo.models.bert import BertConfig
 from zoo.models.gpt import GPTConfig
+from zoo.train.data.masked_text import MaskedTextData
 from zoo.train.data.text import TextData
 from zoo.train.data.tokenizers import ByteTokenizer
-from zoo.train.samplers import TextSampler, TextStream
+from zoo.train.experiment import UserError
+from zoo.train.samplers import MaskSampler, TextSampler, TextStream
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +60,30 @@ def test_a_character_waits_for_all_of_its_bytes():
     assert shown == ["a", "€", "b"]
     stream.close()
     assert shown[3:] == ["\ufffd"]
+
+
+@pytest.fixture(scope="module")
+def masks(tmp_path_factory) -> MaskedTextData:
+    folder = tmp_path_factory.mktemp("texts")
+    for i in range(6):
+        (folder / f"{i}.txt").write_text("".join(f"Line {i} of {j}, and more.\n" for j in range(40)))
+    return MaskedTextData(source=str(folder), length=64, validation_fraction=0.4)
+
+
+@pytest.mark.parametrize("pairs", [True, False])
+def test_masks_are_filled_and_nothing_else_changes(masks: MaskedTextData, pairs: bool, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FLAXZOO_CACHE", str(tmp_path))
+    data = replace(masks, pairs=pairs, replaced=0.0, kept=0.0)
+    config = data.fit(BertConfig(head="pretraining", num_layers=1, width=16, num_heads=2, mlp_width=16, max_length=64))
+    shown = MaskSampler(rows=2, columns=200).sample(config.build(nnx.Rngs(0)), data, jax.random.key(0), Path("unused"))
+    for row in shown.split("\n\n"):
+        lines = dict(line.split(None, 1) for line in row.splitlines())
+        assert list(lines) == ["seen", "filled", "text"]
+        assert "_" in lines["seen"] and "_" not in lines["text"] and "Line" in shown
+
+
+def test_what_fills_no_masks_is_refused(masks: MaskedTextData) -> None:
+    with pytest.raises(UserError, match=r"a model with head 'none' fills no masks: give --model.head"):
+        MaskSampler().check(BertConfig(), masks)
+    with pytest.raises(UserError, match=r"0 rows of 100 characters show nothing"):
+        MaskSampler(rows=0).check(BertConfig(head="pretraining"), masks)

@@ -54,6 +54,8 @@ class Corpus:
         for name, split in splits.items():
             if (folder / f"{name}.tokens").stat().st_size != split.tokens * itemsize:
                 raise ValueError(f"{folder / name}.tokens is not {split.tokens} tokens long")
+            if (folder / f"{name}.documents").stat().st_size != split.documents * 8:
+                raise ValueError(f"{folder / name}.documents is not of {split.documents} documents")
         if corpus.byte_lengths.shape != (corpus.vocab_size,):
             raise ValueError(f"{folder}/byte_lengths.npy is not a table of {corpus.vocab_size}")
         return corpus
@@ -66,6 +68,10 @@ class Corpus:
     def token_file(self, split: str) -> np.ndarray:
         """Token ids, uint16 or uint32 [tokens], mapped: each document is <|endoftext|> and then its text."""
         return map_file(self.folder / f"{split}.tokens", token_dtype(self.vocab_size))
+
+    def document_starts(self, split: str) -> np.ndarray:
+        """Where in the token file each document's <|endoftext|> is, int64 [documents], mapped."""
+        return map_file(self.folder / f"{split}.documents", np.int64)
 
 
 def complete(folder: Path) -> bool:
@@ -95,13 +101,14 @@ def _write_split(folder: Path, split: str, source: TextSource, tokenizer: Tokeni
     documents = size = table_bytes = count = 0
     shown = time.monotonic()
     end = np.array([tokenizer.end_of_text], token_dtype(tokenizer.vocab_size))
-    with open(folder / f"{split}.tokens", "wb") as file:
+    with open(folder / f"{split}.tokens", "wb") as file, open(folder / f"{split}.documents", "wb") as starts:
         for texts in _groups(text for text in source.documents(split) if text):
             for text, tokens in zip(texts, tokenizer.encode(texts), strict=True):
                 if (tokens == tokenizer.end_of_text).any():
                     raise UserError(f"the tokenizer gives its end-of-text token within a document of {source.name}")
                 data = text.encode()
                 digest.update(data + b"\0")
+                starts.write(np.array([count], np.int64).tobytes())
                 file.write(np.concatenate([end, tokens]).tobytes())
                 documents, size, count = documents + 1, size + len(data), count + len(tokens) + 1
                 table_bytes += int(lengths[tokens].sum())

@@ -17,6 +17,40 @@ from zoo.train.experiment import DataInfo
 
 
 @dataclass(frozen=True)
+class Cuts:
+    """Stretches of `length` tokens, cut from a stream of `size`, in batches of `batch_size`.
+
+    seed: of phases and orders; None walks the stream once, in order, to its end.
+    """
+
+    size: int
+    length: int
+    batch_size: int
+    seed: int | None
+
+    @property
+    def sequences(self) -> int:
+        """Stretches of one pass. In training up to length - 1 tokens, other ones each time, are left out of a pass."""
+        whole, rest = divmod(self.size, self.length)
+        return whole + (self.seed is None and rest > 0)
+
+    @property
+    def batches(self) -> int:
+        """Batches of one pass; in training the last, short one is filled from the next pass and not counted."""
+        whole, rest = divmod(self.sequences, self.batch_size)
+        return max(1, whole + (self.seed is None and rest > 0))
+
+    def starts(self, index: np.ndarray) -> np.ndarray:
+        """Where on the stream, closed to a ring, the stretches of global indices [rows] begin, int64 [rows]."""
+        if self.seed is None:
+            return index * self.length
+        passes, chosen = shuffled(index, self.sequences, self.seed)
+        numbers, inverse = np.unique(passes, return_inverse=True)
+        phases = [int(random_bits(self.seed, int(number), 1)[0]) % self.size for number in numbers]
+        return np.array(phases, np.int64)[inverse] + chosen * self.length
+
+
+@dataclass(frozen=True)
 class PackedText:
     """A split of text as batches of `length` tokens; a Dataset of zoo.train.experiment.
 
@@ -33,16 +67,18 @@ class PackedText:
     seed: int | None
 
     @property
+    def cuts(self) -> Cuts:
+        return Cuts(len(self.tokens), self.length, self.batch_size, self.seed)
+
+    @property
     def sequences(self) -> int:
-        """Sequences of one pass. In training up to length - 1 tokens, other ones each time, are left out of a pass."""
-        whole, rest = divmod(len(self.tokens), self.length)
-        return whole + (self.seed is None and rest > 0)
+        """Sequences of one pass."""
+        return self.cuts.sequences
 
     @property
     def batches(self) -> int:
-        """Batches of one pass; in training the last, short one is filled from the next pass and not counted."""
-        whole, rest = divmod(self.sequences, self.batch_size)
-        return max(1, whole + (self.seed is None and rest > 0))
+        """Batches of one pass."""
+        return self.cuts.batches
 
     def batch(self, step: int, rows: Sequence[int]) -> dict[str, np.ndarray]:
         """Rows `rows` of global batch `step`, each array [len(rows), T].
@@ -52,7 +88,7 @@ class PackedText:
         target stands for.
         """
         index = step * self.batch_size + np.asarray(rows, np.int64)
-        positions = self._starts(index)[:, None] + np.arange(self.length)
+        positions = self.cuts.starts(index)[:, None] + np.arange(self.length)
         real = positions < len(self.tokens) if self.seed is None else np.ones(positions.shape, bool)
         inputs = np.where(real, self._at(positions), self.end_of_text)
         targets = np.where(real, self._at(positions + 1), self.end_of_text)
@@ -69,15 +105,6 @@ class PackedText:
             "weights": real.astype(np.float32),
             "bytes": np.where(real, self.byte_lengths[targets], 0).astype(np.int32),
         }
-
-    def _starts(self, index: np.ndarray) -> np.ndarray:
-        """Where on the stream the sequences of these global indices begin, int64 [rows]."""
-        if self.seed is None:
-            return index * self.length
-        passes, chosen = shuffled(index, self.sequences, self.seed)
-        numbers, inverse = np.unique(passes, return_inverse=True)
-        phases = [int(random_bits(self.seed, int(number), 1)[0]) % len(self.tokens) for number in numbers]
-        return np.array(phases, np.int64)[inverse] + chosen * self.length
 
     def _at(self, positions: np.ndarray) -> np.ndarray:
         """Tokens of the ring."""

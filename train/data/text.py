@@ -4,8 +4,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from zoo.train.data import corpus
 from zoo.train.data.cache import cache_dir, prepared
@@ -13,14 +16,15 @@ from zoo.train.data.corpus import Corpus, SplitInfo
 from zoo.train.data.packing import PackedText
 from zoo.train.data.text_sources import TextSource, text_source
 from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, Tokenizer, read_tokenizer, train_bpe
+from zoo.train.data.vocabulary import Vocabulary, vocabulary
 from zoo.train.experiment import DataInfo, UserError
 
 _BPE_CHARACTERS = 256 << 20  # of training text that a byte-pair encoding is trained on, at most
 
 
 @dataclass(frozen=True)
-class TextData:
-    """Packed sequences of text."""
+class TokenizedText:
+    """Text and how it is tokenised: what the data of every objective on text begins from."""
 
     source: str = "python_docs"
     """python_docs (the language reference of this Python), a TFDS name[/config][:version], or a file or folder of .txt
@@ -36,35 +40,46 @@ class TextData:
     validation_fraction: float = 0.1
     """Share of the text held out where the data has no validation split of its own."""
 
+    roles: ClassVar[tuple[str, ...]] = ()  # of special tokens, names in zoo.train.data.vocabulary
+
     def prepare(self) -> None:
         """Writes the TFDS data set, the tokenizer and the token files that are not in the cache yet."""
         self._corpus()
 
-    def open(self, split: str, *, batch_size: int, seed: int) -> PackedText:
-        """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
-        found = self._corpus()
+    def packed(self, split: str, *, batch_size: int, seed: int, length: int | None = None) -> PackedText:
+        """A split cut into sequences of `length`, or of self.length; prepares what a host's own disk lacks."""
+        found, length = self._corpus(), length or self.length
         info = found.splits[split]
-        if info.tokens < self.length:
+        if info.tokens < length:
             raise UserError(
-                f"the {split} text of {self.source} is {info.tokens} tokens, less than one sequence of {self.length}: "
+                f"the {split} text of {self.source} is {info.tokens} tokens, less than one sequence of {length}: "
                 f"lower --data.length{', or raise --data.validation-fraction' if split == 'validation' else ''}"
             )
-        described = DataInfo(
+        return PackedText(
+            info=self.info(split),
+            tokens=found.token_file(split),
+            byte_lengths=found.byte_lengths,
+            end_of_text=found.end_of_text,
+            length=length,
+            batch_size=batch_size,
+            seed=seed if split == "train" else None,
+        )
+
+    def info(self, split: str) -> DataInfo:
+        """What a person is told of "train" or "validation"."""
+        found = self._corpus()
+        info = found.splits[split]
+        return DataInfo(
             name=self._source().name,
             sha256=info.sha256,
             examples=info.documents,
             bytes=info.bytes,
             detail=self._detail(split, found),
         )
-        return PackedText(
-            info=described,
-            tokens=found.token_file(split),
-            byte_lengths=found.byte_lengths,
-            end_of_text=found.end_of_text,
-            length=self.length,
-            batch_size=batch_size,
-            seed=seed if split == "train" else None,
-        )
+
+    def document_starts(self, split: str) -> np.ndarray:
+        """Where in the split's tokens each document's <|endoftext|> is, int64 [documents]."""
+        return self._corpus().document_starts(split)
 
     @property
     def unit(self) -> str:
@@ -82,8 +97,20 @@ class TextData:
                 f"sequence length {self.length} is longer than the model's {limit} positions: lower --data.length or "
                 "raise --model.max-length"
             )
-        size = self._corpus().vocab_size
-        return model if model.vocab_size == size else replace(model, vocab_size=size)
+        changes: dict[str, Any] = {"vocab_size": self.vocabulary.size}
+        if special := self.special_tokens():
+            changes["special_tokens"] = replace(model.special_tokens, **special)
+        fits = all(getattr(model, name) == value for name, value in changes.items())
+        return model if fits else replace(model, **changes)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The tokenizer's, with the special tokens that an objective needs beside it."""
+        return vocabulary(self.load_tokenizer(), self.roles)
+
+    def special_tokens(self) -> dict[str, Any]:
+        """Fields of the model's SpecialTokens that the data decides."""
+        return {}
 
     def load_tokenizer(self) -> Tokenizer:
         """The tokenizer; one to be trained is trained if it is not in the cache."""
@@ -140,6 +167,15 @@ class TextData:
         if info.table_bytes != info.bytes:
             parts.append(f"tokens account for {info.table_bytes / info.bytes:.2%} of the bytes")
         return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class TextData(TokenizedText):
+    """Packed sequences of text, for the next token to be predicted."""
+
+    def open(self, split: str, *, batch_size: int, seed: int) -> PackedText:
+        """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
+        return self.packed(split, batch_size=batch_size, seed=seed)
 
 
 def _digest(*parts: Any) -> str:

@@ -7,7 +7,7 @@ compare as bits per byte.
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +17,11 @@ from zoo.train.experiment import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|im_end|>", "[SEP]")
+_PRINTED = (*range(33, 127), *range(161, 173), *range(174, 256))
+# The byte that each character of a byte-level vocabulary stands for: printed ones for themselves, the others from 256.
+_BYTES = {chr(byte): byte for byte in _PRINTED} | {
+    chr(256 + i): byte for i, byte in enumerate(byte for byte in range(256) if byte not in _PRINTED)
+}
 _PIECE = 1 << 20  # characters; longer documents are encoded in pieces, cut after a line
 
 
@@ -29,6 +34,17 @@ class Tokenizer(Protocol):
     @property
     def byte_lengths(self) -> np.ndarray:
         """Bytes of text each token stands for, int32 [V]; 0 for special tokens."""
+        ...
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        """Special tokens, by name."""
+        ...
+
+    @property
+    def texts(self) -> list[str]:
+        """What each token stands for, with a blank ahead of what begins a word; byte by byte, as Latin-1, where tokens
+        are of bytes. [V], "" for special tokens."""
         ...
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -49,6 +65,14 @@ class ByteTokenizer:
     @property
     def byte_lengths(self) -> np.ndarray:
         return np.array([1] * 256 + [0], np.int32)
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        return {END_OF_TEXT: self.end_of_text}
+
+    @property
+    def texts(self) -> list[str]:
+        return [*map(chr, range(256)), ""]
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode(), np.uint8).astype(np.uint16) for text in texts]
@@ -90,8 +114,7 @@ class FileTokenizer:
     def byte_lengths(self) -> np.ndarray:
         """Exact for byte-level vocabularies (GPT-2's, Llama 3's) and for those that fall back to bytes, but for the
         blank that some put before a text; an estimate for lossy ones, such as WordPiece in lower case."""
-        byte_level = '"ByteLevel"' in json.dumps(json.loads(self._content).get("decoder"))
-        added = {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
+        byte_level, added = self._byte_level, self._added
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, index in self._vocabulary.items():
             if token in self._special:
@@ -103,6 +126,34 @@ class FileTokenizer:
             else:
                 lengths[index] = len(token.removeprefix("##").replace("▁", " ").encode())
         return lengths
+
+    @property
+    def special(self) -> Mapping[str, int]:
+        return self._special
+
+    @property
+    def texts(self) -> list[str]:
+        byte_level, added = self._byte_level, self._added
+        word_pieces = json.loads(self._content)["model"].get("type") == "WordPiece"
+        texts = [""] * self.vocab_size
+        for token, index in self._vocabulary.items():
+            if token in self._special:
+                continue
+            if byte_level and token not in added:
+                texts[index] = "".join(chr(_BYTES[character]) for character in token)
+            elif word_pieces:
+                texts[index] = token[2:] if token.startswith("##") else f" {token}"
+            else:
+                texts[index] = token.replace("▁", " ")
+        return texts
+
+    @property
+    def _byte_level(self) -> bool:
+        return '"ByteLevel"' in json.dumps(json.loads(self._content).get("decoder"))
+
+    @property
+    def _added(self) -> set[str]:
+        return {token.content for token in self._tokenizer.get_added_tokens_decoder().values()}
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         pieces = [list(_pieces(text)) for text in texts]

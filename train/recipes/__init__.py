@@ -5,6 +5,7 @@ from typing import Any
 
 from zoo.train.experiment import Experiment
 from zoo.train.recipes import gpt2, gpt3
+from zoo.train.recipes.bert import bert_base, bert_nano
 from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
 from zoo.train.recipes.vit_digits import vit_digits
@@ -13,6 +14,8 @@ RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
     "ddpm-digits": ddpm_digits,
     "vit-digits": vit_digits,
+    "bert-nano": bert_nano,
+    "bert-base": bert_base,
     **gpt2.RECIPES,
     **gpt3.RECIPES,
 }
