@@ -89,3 +89,29 @@ def resident(name: str) -> float:
     """Resident memory of this process, now (VmRSS) or at its highest (VmHWM), in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def batch(model: str, rows: int, length: int) -> dict[str, list]:
+    """A batch of random tokens for one step of a model, as nested lists, by the names that zoo gives them.
+
+    gpt2: tokens, targets [rows, length].  bert: tokens, token_types, and 15 % of each row as places and targets, and
+    next_sentence [rows].  t5: sources [rows, length], tokens and targets [rows, length / 4].
+    """
+    draw = random.Random(0)
+
+    def tokens(count: int) -> list[list[int]]:
+        return [[draw.randrange(1000, 30000) for _ in range(count)] for _ in range(rows)]
+
+    if model == "gpt2":
+        given = tokens(length + 1)
+        return {"tokens": [row[:-1] for row in given], "targets": [row[1:] for row in given]}
+    if model == "bert":
+        predicted = round(0.15 * length)
+        return {
+            "tokens": tokens(length),
+            "token_types": [[int(place >= length // 2) for place in range(length)] for _ in range(rows)],
+            "places": [sorted(draw.sample(range(length), predicted)) for _ in range(rows)],
+            "targets": tokens(predicted),
+            "next_sentence": [draw.randrange(2) for _ in range(rows)],
+        }
+    return {"sources": tokens(length), "tokens": tokens(length // 4), "targets": tokens(length // 4)}

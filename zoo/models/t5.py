@@ -8,6 +8,7 @@ bias, scores are not divided by sqrt(H), one table of biases serves all layers o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ import numpy as np
 from flax import nnx
 
 from zoo.kernels import Bias
+from zoo.kernels.bias import BiasFunction
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.dropout import dropout
 from zoo.layers.feedforward import FeedForward
@@ -231,13 +233,18 @@ class RelativeBias(nnx.Module):
     """What is added to the scores of each head for a key's distance from the query, learned by bucket, [buckets, N]."""
 
     def __init__(self, config: T5Config, *, causal: bool, rngs: nnx.Rngs):
-        function = _one_side if causal else _both_sides
-        self.function = partial(function, max_distance=config.max_distance)
+        self.causal, self.max_distance = causal, config.max_distance
         shape, dtype = (config.buckets, config.num_heads), jnp.dtype(config.precision.parameters)
         self.table = nnx.Param(normal(config.width**-0.5)(rngs.params(), shape, dtype), axes=("positions", "heads"))
 
     def __call__(self) -> Bias:
-        return Bias(self.function, self.table[...].astype(jnp.float32))
+        return Bias(_function(self.causal, self.max_distance), self.table[...].astype(jnp.float32))
+
+
+@functools.cache
+def _function(causal: bool, max_distance: int) -> BiasFunction:
+    """One object for equal arguments: it is compared where programs are cached."""
+    return partial(_one_side if causal else _both_sides, max_distance=max_distance)
 
 
 def t5_block(config: T5Config, *, decoding: bool, rngs: nnx.Rngs) -> Block:
