@@ -1,0 +1,299 @@
+"""Every family and head: parity with the published implementation, round trips, caches, sharding, compiling for a pod.
+
+    python -m benchmarks.families --out docs/models.md
+
+Cells come from runs on eight simulated CPU devices, over the golden files of tests/parity, which transformers on torch
+made, and over presets of published size. Parity is the largest difference of any output, relative to its largest value
+or 1. Compiling needs the extra `aot` (libtpu): it is of the training step, on 8 chips of a v5e, mesh fsdp=8, bfloat16.
+Speed is the newest result of `benchmarks.train_step --save`, zoo over torch.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from rich.progress import track
+from safetensors.numpy import load_file
+
+import zoo
+from zoo import models, sharding
+from zoo.generation import generate
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "parity"
+SPEEDS = Path(__file__).with_name("results") / "train_step.jsonl"
+BEGIN, END = "<!-- made by python -m benchmarks.families -->", "<!-- end -->"
+
+PRESETS = {
+    "bart": "bart-base",
+    "bert": "bert-base-uncased",
+    "dinov2": "dinov2-small",
+    "dinov2_with_registers": "dinov2-with-registers-small",
+    "gpt2": "gpt2",
+    "llama": "llama-3.2-1b",
+    "marian": "opus-mt-en-de",
+    "mistral": "mistral-7b-v0.3",
+    "mt5": "mt5-small",
+    "qwen2": "qwen2.5-0.5b",
+    "qwen3": "qwen3-0.6b",
+    "t5": "t5-small",
+    "vit": "vit-base-patch16-224",
+    "xlnet": "xlnet-base-cased",
+}
+"""A preset of published size for each model_type."""
+
+
+EVEN = {"width": 32, "num_heads": 4, "num_kv_heads": 2, "num_decoder_heads": 4, "head_dim": 8, "mlp_width": 48}
+EVEN |= {"decoder_mlp_width": 48}
+"""Sizes that a mesh of two in every direction divides; golden files have awkward ones."""
+
+
+class Row(NamedTuple):
+    """One line of the table."""
+
+    published: str
+    preset: str
+    parameters: str
+    parity: str
+    round_trip: str
+    cached: str
+    sharded: str
+    compiled: str
+    speed: str
+
+
+class Case(NamedTuple):
+    """A golden folder: its config.json, and inputs and outputs of the published model."""
+
+    folder: Path
+    fields: dict[str, Any]
+    golden: dict[str, np.ndarray]
+
+    @property
+    def kind(self) -> str:
+        return self.fields["model_type"]
+
+    @property
+    def given(self) -> tuple[tuple, dict[str, Any]]:
+        g = self.golden
+        if "sources" in g:
+            return (g["sources"], g["tokens"]), {"source_segments": g["real"].astype(np.int32)}
+        if "images" in g:
+            return (g["images"],), {name: g[name] for name in ("masked",) if name in g}
+        if "mask" in g:
+            return (g["tokens"],), {"segments": g["mask"].astype(np.int32)}
+        names = ("token_types", "real", "targets", "perm_mask")
+        return (g["tokens"],), {name: g[name] for name in names if name in g}
+
+    def expected(self) -> dict[str, np.ndarray]:
+        """Outputs by their names in the module's own output, zero where they do not count."""
+        found = {name.removeprefix("out_"): x for name, x in self.golden.items() if name.startswith("out_")}
+        found = {"logits": self.golden["logits"]} if "logits" in self.golden else found
+        return {
+            name: self.counted(x)
+            for name, x in found.items()
+            if name in ("logits", "hidden", "pooled", "next_sentence")
+        }
+
+    def counted(self, x: Any) -> np.ndarray:
+        """`x`, zero where a token only pads, of outputs by token; BERT's and XLNet's published losses count all."""
+        where = self.golden.get("mask", self.golden.get("counted"))
+        x = np.asarray(x)
+        if where is None or x.shape[: where.ndim] != where.shape:
+            return x
+        return np.where(where.astype(bool).reshape(where.shape + (1,) * (x.ndim - where.ndim)), x, 0)
+
+
+def cases() -> Iterator[Case]:
+    for path in sorted(GOLDEN.rglob("golden.npz")):
+        config = path.parent / "config.json"
+        if "flax" not in path.parts and config.exists():
+            fields = json.loads(config.read_text())
+            if fields.get("model_type") in models.PUBLISHED:
+                yield Case(path.parent, fields, dict(np.load(path)))
+
+
+def call(model: Any, case: Case) -> Any:
+    positional, named = case.given
+    if "before" in case.golden:  # XLNet's memories of an earlier segment.
+        before = case.golden["before"]
+        named = named | {"memories": model(before, memories=model.init_memories(len(before))).memories}
+    return jax.jit(lambda model: model(*positional, **named))(model)
+
+
+def difference(a: Any, b: np.ndarray) -> float:
+    return float(np.abs(np.asarray(a) - b).max() / max(1.0, float(np.abs(b).max())))
+
+
+def parity(case: Case) -> str:
+    out = call(zoo.from_pretrained(case.folder), case)
+    expected = case.expected()
+    return f"{max(difference(case.counted(getattr(out, name)), x) for name, x in expected.items()):.0e}"
+
+
+def round_trip(case: Case) -> str:
+    with tempfile.TemporaryDirectory() as parent:
+        zoo.save_pretrained(zoo.from_pretrained(case.folder), Path(parent) / "out")
+        found, expected = (load_file(place / "model.safetensors") for place in (Path(parent) / "out", case.folder))
+    same = found.keys() == expected.keys() and all(found[n].tobytes() == x.tobytes() for n, x in expected.items())
+    return "same bits" if same else "DIFFERS"
+
+
+def cached(case: Case) -> str:
+    """Logits of a text in two pieces with a cache, rows of different length, against the whole text."""
+    model: Any = zoo.from_pretrained(case.folder)
+    g = case.golden
+    if not hasattr(model, "features") or case.kind in ("bert", "vit", "dinov2", "dinov2_with_registers"):
+        return "no cache"
+    if case.kind == "xlnet":
+        if "prompts" not in g:
+            return "no cache"
+        made = generate(model, g["prompts"].tolist(), max_new_tokens=7).tokens
+        same = made == g[f"made_{case.fields.get('use_mems_eval', True)}_1"].tolist()
+        return "token for token" if same else "DIFFERS"
+    tokens = g["tokens"][:, :12]
+    encoded = model.encode(g["sources"], segments=g["real"]) if "sources" in g else None
+    named = {} if encoded is None else {"encoded": encoded}
+    lengths = jnp.arange(len(tokens)) + 3
+    whole = np.asarray(model.logits(model.features(tokens, **named).hidden))
+    cache = model.init_cache(len(tokens) if encoded is None else encoded, 16)
+    cache = model.features(tokens[:, : int(lengths.max())], cache=cache).cache.cut(lengths)
+    worst = 0.0
+    for step in range(4):
+        place = lengths[:, None] + step
+        out = model.features(jnp.take_along_axis(tokens, place, axis=1), cache=cache)
+        cache = out.cache
+        expected = np.take_along_axis(whole, np.asarray(place)[..., None], axis=1)
+        finite = np.isfinite(expected)
+        worst = max(worst, difference(np.where(finite, model.logits(out.hidden), 0), np.where(finite, expected, 0)))
+    return f"{worst:.0e}"
+
+
+def sharded(case: Case) -> str:
+    """On data=2,fsdp=2,tensor=2 against one device: the case's class in sizes that divide, four rows of its inputs."""
+    config = models.published_config(case.fields)
+    config = dataclasses.replace(
+        config, **{n: size for n, size in EVEN.items() if getattr(config, n, None) is not None}
+    )
+    count = len(case.given[0][0])
+    rows = {n: np.concatenate([x] * 4)[:4] if x.ndim and len(x) == count else x for n, x in case.golden.items()}
+    four, mesh = case._replace(golden=rows), sharding.make_mesh("data=2,fsdp=2,tensor=2")
+    model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
+    whole = call(model, four)
+    with sharding.use(mesh):
+        parts = call(jax.device_put(model, sharding.shardings(model, mesh)), four)
+    pairs = zip(jax.tree.leaves(parts), jax.tree.leaves(whole), strict=True)
+    return f"{max(difference(four.counted(a), four.counted(b)) for a, b in pairs):.0e}"
+
+
+def compiled(kind: str, config: Any) -> str:
+    """GiB a chip of the training step of a preset, or why there is none."""
+    try:
+        from jax.experimental import topologies
+
+        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+    except Exception as problem:
+        return f"not run: {str(problem).splitlines()[0][:40]}"
+    from zoo.train import step
+
+    experiment, batch = training(kind, config)
+    mesh = sharding.make_mesh("fsdp=8", devices)
+    experiment = step.with_compute(experiment, mesh)
+    with sharding.use(mesh):
+        state = step.abstract_state(experiment, mesh)
+        abstract = step.abstract_batch(batch, experiment.batch_size, mesh)
+        program = step.train_step(experiment, mesh).lower(state, abstract).compile()
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return f"{held / 2**30:.1f} GiB"
+
+
+def training(kind: str, config: Any, length: int = 512) -> tuple[Any, dict[str, np.ndarray]]:
+    """An experiment of a preset with its family's own objective, and one row of its batches."""
+    from zoo.train.objectives import Classification, MaskedLM, NextToken, PermutationLM, SequenceToSequence
+    from zoo.train.recipes import RECIPES
+
+    row, few = np.ones((1, length), np.int32), np.ones((1, length // 6), np.int32)
+    words = {"targets": few, "places": few, "weights": few.astype(np.float32)}
+    if kind == "bert":
+        config = dataclasses.replace(config, head="pretraining")
+        batch = {"tokens": row, "token_types": row, "segments": row, "next_sentence": row[:, 0], **words}
+        objective = MaskedLM()
+    elif kind == "xlnet":
+        batch, objective = {"tokens": row, "token_types": row, "order": row, **words}, PermutationLM()
+    elif kind in ("vit", "dinov2", "dinov2_with_registers"):
+        config = dataclasses.replace(config, head="classification", labels=tuple(map(str, range(1000))))
+        images = np.zeros((1, *config.image_size, 3), np.float32)
+        batch, objective = {"images": images, "labels": row[:, 0], "weights": np.ones(1, np.float32)}, Classification()
+    elif kind in ("t5", "mt5", "bart", "marian"):
+        batch = {"sources": row, "tokens": row, "targets": row, "weights": row.astype(np.float32)}
+        objective = SequenceToSequence()
+    else:
+        batch = dict.fromkeys(("tokens", "targets", "segments", "positions", "bytes"), row)
+        batch, objective = batch | {"weights": row.astype(np.float32)}, NextToken()
+    config = dataclasses.replace(config, remat="attention") if hasattr(config, "remat") else config
+    experiment = dataclasses.replace(
+        RECIPES["gpt2"](), model=config, objective=objective, batch_size=16, accumulate=1, compute="bfloat16"
+    )
+    return experiment, batch
+
+
+def speed(kind: str) -> str:
+    found = [json.loads(line) for line in SPEEDS.read_text().splitlines()] if SPEEDS.exists() else []
+    mine = [one for one in found if one.get("model", "gpt2") == kind and one["dtype"] == "float32" and "torch" in one]
+    if not mine:
+        return "not measured"
+    rates = [mine[-1][side].get("per_second", mine[-1][side].get("tokens_per_second")) for side in ("zoo", "torch")]
+    return f"{rates[0] / rates[1]:.2f}"
+
+
+def table() -> str:
+    rows, kinds = [], {}
+    for case in track(list(cases()), description="families"):
+        if case.kind not in kinds:
+            config = models.preset(PRESETS[case.kind])
+            kinds[case.kind] = (f"{models.parameter_count(config):,}", compiled(case.kind, config), speed(case.kind))
+        parameters, fits, ratio = kinds[case.kind]
+        rows.append(
+            Row(
+                published=f"`{case.fields['architectures'][0]}`",
+                preset=f"`{PRESETS[case.kind]}`",
+                parameters=parameters,
+                parity=parity(case),
+                round_trip=round_trip(case),
+                cached=cached(case),
+                sharded=sharded(case),
+                compiled=fits,
+                speed=ratio,
+            )
+        )
+    head = "| published class | preset | its parameters | parity | round trip | cached | sharded | v5e:2x4 | speed |"
+    lines = [head, "|---|---|---:|---:|---|---:|---:|---:|---:|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in dict.fromkeys(rows))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="a page whose table, between its marks, is written anew")
+    options = parser.parse_args()
+    made = table()
+    if options.out is None:
+        print(made)
+        return
+    before, _, rest = options.out.read_text().partition(BEGIN)
+    options.out.write_text(f"{before}{BEGIN}\n\n{made}\n\n{END}{rest.partition(END)[2]}")
+
+
+if __name__ == "__main__":
+    main()
