@@ -80,12 +80,14 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 class State(NamedTuple):
     """tokens: [B, S], prompts and what followed.  lengths: [B], how many of a row's tokens are real.
 
-    done: [B], rows that a stop token ended.  cache: of the model; it holds all real tokens but each row's last.
+    done: [B], rows that a stop token ended.  room: for how many more tokens there is.
+    cache: of the model; it holds all real tokens but each row's last.
     """
 
     tokens: jax.Array
     lengths: jax.Array
     done: jax.Array
+    room: jax.Array
     cache: Any
 
 
@@ -96,23 +98,40 @@ class Padded(NamedTuple):
     lengths: Any
 
 
-@partial(jax.jit, static_argnames=("slots",))
+@partial(jax.jit, static_argnames=("slots", "first"))
 def _prefill(
     model: Any,
     prompts: Padded,
     sources: Padded | None,
+    room: jax.Array,
     sampling: Sampling | None,
     stop_tokens: jax.Array,
     key: jax.Array,
     *,
     slots: int,
+    first: int | None,
 ) -> State:
-    """Runs sources and prompts through the model, and appends the first new token."""
+    """Runs sources and prompts through the model, and appends one of `room` new tokens, which is `first` if any."""
     tokens, lengths = prompts
     last, cache = read(model, prompts, sources, slots)
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-    state = State(tokens, lengths, jnp.zeros(len(tokens), bool), cache)
-    return _readable(_append(state, model.logits(last), sampling, stop_tokens, key))
+    state = State(tokens, lengths, jnp.zeros(len(tokens), bool), room, cache)
+    logits = allowed(model.logits(last), model.config.special_tokens, room, first)
+    return _readable(_append(state, logits, sampling, stop_tokens, key))
+
+
+def allowed(scores: jax.Array, tokens: Any, room: jax.Array, first: int | None = None) -> jax.Array:
+    """scores [..., V] of the next token, -inf where a model's special tokens forbid it.
+
+    room: for how many tokens there is, this one included.  first: what it must be, if any.
+    """
+    if tokens.banned:
+        scores = scores.at[..., jnp.array(tokens.banned)].set(-jnp.inf)
+    for token, must in ((first, True), (tokens.last, room == 1)):
+        if token is not None:
+            alone = jnp.where(jnp.arange(scores.shape[-1]) == token, 0.0, -jnp.inf)
+            scores = jnp.where(must, alone, scores)
+    return scores
 
 
 def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tuple[jax.Array, Any]:
@@ -141,8 +160,8 @@ def _decode(
         last = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
         features = model.features(last, cache=state.cache)
         state = state._replace(cache=features.cache)
-        state = _append(state, model.logits(features.hidden[:, 0]), sampling, stop_tokens, key)
-        return count + 1, state
+        logits = allowed(model.logits(features.hidden[:, 0]), model.config.special_tokens, state.room)
+        return count + 1, _append(state, logits, sampling, stop_tokens, key)
 
     return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
 
@@ -160,7 +179,7 @@ def _append(
     state: State, logits: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
 ) -> State:
     """Chooses a token for each row from logits [B, V] and appends it where the row goes on; sampling None is greedy."""
-    tokens, lengths, done, cache = state
+    tokens, lengths, done, room, cache = state
     rows = jnp.arange(len(lengths))
     if sampling is None:
         token = jnp.argmax(logits, axis=-1)
@@ -173,7 +192,7 @@ def _append(
     tokens = tokens.at[rows, place].set(token.astype(tokens.dtype), mode="drop")
     lengths = jnp.where(done, lengths, lengths + 1)
     # A row that is done runs along with the others; cutting its cache back keeps it from growing.
-    return State(tokens, lengths, done, cache.cut(lengths - 1))
+    return State(tokens, lengths, done, room - 1, cache.cut(lengths - 1))
 
 
 def generate(
@@ -192,7 +211,7 @@ def generate(
     """Continues each prompt (token ids, at least one) by up to max_new_tokens; see Sampling for the distribution.
 
     sources: what a model with an encoder reads, one for each prompt; its prompts are what the decoder begins with, the
-        start token of the model's config unless given.
+        start token of the model's config unless given, behind which a first token may be forced.
     stop_tokens: any of them ends a row; None: those of the model's config, which a published model has.
     key: needed where temperature is above 0. The same key, prompts and options give the same tokens.
     callback: called as callback(row, token) for every new token as soon as it is there; stop tokens are not passed.
@@ -200,6 +219,7 @@ def generate(
     Raises GenerationError.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    first = model.config.special_tokens.first if prompts is None else None
     prompts = check_request(model, prompts, sources, max_new_tokens)
     sampling.check(model.config.vocab_size)
     if temperature > 0 and key is None:
@@ -212,7 +232,7 @@ def generate(
     )
 
     padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
-    state = _prefill(model, padded, padded_sources, *options, slots=slots)
+    state = _prefill(model, padded, padded_sources, np.int32(max_new_tokens), *options, slots=slots, first=first)
     if callback is None:
         state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
     else:
@@ -275,7 +295,7 @@ def check_request(
             else "no sources given to a model with an encoder: give what it reads as sources=, one for each row"
         )
     if sources is not None:
-        _check_rows("source", config, sources, 0)
+        _check_rows("source", config, sources, 0, getattr(config, "source_vocab_size", None))
         start = config.special_tokens.start
         if prompts is None and start is None:
             raise GenerationError(
@@ -290,7 +310,8 @@ def check_request(
     return prompts or ()
 
 
-def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int) -> None:
+def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int, vocab_size: int | None = None) -> None:
+    vocab_size = vocab_size or config.vocab_size
     if not rows:
         raise GenerationError(f"no {kind}s given: give at least one")
     for row, tokens in enumerate(rows):
@@ -304,8 +325,6 @@ def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int)
                 f"{kind} {row} has {length} tokens{beyond}, more than the model's max_length {longest}: "
                 f"shorten the {kind}{mend}"
             )
-        unknown = [token for token in tokens if not 0 <= token < config.vocab_size]
+        unknown = [token for token in tokens if not 0 <= token < vocab_size]
         if unknown:
-            raise GenerationError(
-                f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
-            )
+            raise GenerationError(f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {vocab_size - 1}")

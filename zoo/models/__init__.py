@@ -5,16 +5,18 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "t5", "unet", "vit")
+FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit")
 
 
 # The `model_type` of a published config.json, and whose config class reads it.
 PUBLISHED = {
+    "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "dinov2": ("vit", "ViTConfig"),
     "dinov2_with_registers": ("vit", "ViTConfig"),
     "gpt2": ("gpt", "GPTConfig"),
     "llama": ("llama", "LlamaConfig"),
+    "marian": ("transformer", "TransformerConfig"),
     "mistral": ("llama", "LlamaConfig"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),

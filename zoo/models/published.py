@@ -99,26 +99,40 @@ class SpecialTokens:
     """Tokens with a meaning to generation, by their ids; None or () where there is none.
 
     bos begins a text, pad fills rows, any of eos ends a text, and start is what a decoder with an encoder begins with.
+    first and last are what the first new token must be, where no prompt says what the decoder begins with, and the last
+    that there is room for.  banned ones are never generated.
     """
 
     bos: int | None = None
     eos: tuple[int, ...] = ()
     pad: int | None = None
     start: int | None = None
+    first: int | None = None
+    last: int | None = None
+    banned: tuple[int, ...] = ()
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
-        bos, eos, pad, start = (fields.get(f"{kind}_token_id") for kind in ("bos", "eos", "pad", "decoder_start"))
+        kinds = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
+        bos, eos, pad, start, first, last = (fields.get(f"{kind}_token_id") for kind in kinds)
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
-        for token in (bos, pad, start, *ends):
+        words = fields.get("bad_words_ids") or []
+        if not all(isinstance(word, list) and len(word) == 1 for word in words):
+            raise PublishedError(f"config.json has bad_words_ids {words!r}: words of one token alone are banned here")
+        banned = tuple(word[0] for word in words)
+        for token in (bos, pad, start, first, last, *ends, *banned):
             if token is not None and not isinstance(token, int):
                 raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
-        return cls(bos, ends, pad, start)
+        # As published: a ban of what ends a text is void.
+        return cls(bos, ends, pad, start, first, last, tuple(token for token in banned if token not in ends))
 
     def to_published(self) -> dict[str, Any]:
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
         fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
-        return fields if self.start is None else fields | {"decoder_start_token_id": self.start}
+        for name, token in (("decoder_start", self.start), ("forced_bos", self.first), ("forced_eos", self.last)):
+            if token is not None:
+                fields[f"{name}_token_id"] = token
+        return fields | {"bad_words_ids": [[token] for token in self.banned]} if self.banned else fields
 
 
 def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:
