@@ -135,8 +135,8 @@ class MultiHeadAttention(nnx.Module):
     ) -> AttentionOutput:
         """x [B, T, D] attends to itself, or to `kv`: [B, S, E], or what `keys_and_values` made of it once.
 
-        kv may have B / G rows, each for G rows of x that follow one another; `mask` then takes their queries as those of
-        one row, [B / G, G T].
+        kv may have B / G rows, each for G rows of x that follow one another; `mask` then takes their queries as those
+        of one row, [B / G, G T].
         bias: added to the scores, as `zoo.kernels.attention` takes it.
         cache: keys and values of earlier calls; those of x are appended, and x attends to all. Masks then compare
             slots: query t of row b stands at slot lengths[b] + t.

@@ -191,7 +191,8 @@ class TransformerConfig:
             "decoder_attention_heads": decoder[1],
             "encoder_ffn_dim": encoder[2],
             "decoder_ffn_dim": decoder[2],
-            "activation_function": published_activation(self.activation),
+            # As Marian's files have it.
+            "activation_function": "swish" if self.activation == "silu" else published_activation(self.activation),
             "scale_embedding": self.scaled,
             "dropout": self.dropout,
             "attention_dropout": self.attention_dropout,
