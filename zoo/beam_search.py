@@ -30,6 +30,7 @@ from zoo.sharding import constrain
 class Beams(NamedTuple):
     """For each prompt, best first: the tokens that followed it, without the stop token, and their scores.
 
+    There are fewer than num_beams where the model's forced tokens leave no others.
     A score is the sum of log-probabilities, the stop token's included, over the number of tokens ^ length_penalty.
     """
 
@@ -188,11 +189,12 @@ def beam_search(
     )
     stop = set(np.asarray(stop_array).tolist())
     tokens, ends, scores = (np.asarray(x) for x in found)
+    real = np.isfinite(scores)
     made = [
-        [_cut(row[:end].tolist(), stop) for row, end in zip(*beams, strict=True)]
-        for beams in zip(tokens, ends, strict=True)
+        [_cut(row[:end].tolist(), stop) for row, end in zip(tokens[i, real[i]], ends[i, real[i]], strict=True)]
+        for i in range(len(prompts))
     ]
-    return Beams(made, scores.tolist())
+    return Beams(made, [scores[i, real[i]].tolist() for i in range(len(prompts))])
 
 
 def _cut(tokens: list[int], stop: set[int]) -> list[int]:

@@ -311,7 +311,7 @@ def check_request(
 
 
 def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int, vocab_size: int | None = None) -> None:
-    vocab_size = vocab_size or config.vocab_size
+    vocabulary = config.vocab_size if vocab_size is None else vocab_size
     if not rows:
         raise GenerationError(f"no {kind}s given: give at least one")
     for row, tokens in enumerate(rows):
@@ -325,6 +325,6 @@ def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int,
                 f"{kind} {row} has {length} tokens{beyond}, more than the model's max_length {longest}: "
                 f"shorten the {kind}{mend}"
             )
-        unknown = [token for token in tokens if not 0 <= token < vocab_size]
+        unknown = [token for token in tokens if not 0 <= token < vocabulary]
         if unknown:
-            raise GenerationError(f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {vocab_size - 1}")
+            raise GenerationError(f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {vocabulary - 1}")
