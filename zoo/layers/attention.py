@@ -163,6 +163,10 @@ class MultiHeadAttention(nnx.Module):
             k, v = held.keys, held.values
             if isinstance(kv, KVCache):
                 mask = mask & Mask(lengths=held.lengths)
+            if len(q) % len(k):
+                raise LayerError(
+                    f"kv has {len(k)} rows and x {len(q)}, no multiple: give as many, or a divisor of them"
+                )
             q = q.reshape(len(k), -1, *q.shape[2:])
         dropout = 0.0 if key is None else self.dropout
         k, v, scored = k.astype(q.dtype), v.astype(q.dtype), {"bias": bias, "scale": self.scale}
