@@ -16,10 +16,10 @@ import numpy as np
 from zoo.generation import (
     GenerationError,
     Padded,
+    allowed,
     check_request,
     laid_out,
     padded_rows,
-    permitted,
     power_of_two,
     read,
     stops,
@@ -30,6 +30,7 @@ from zoo.sharding import constrain
 class Beams(NamedTuple):
     """For each prompt, best first: the tokens that followed it, without the stop token, and their scores.
 
+    There are fewer than num_beams where the model's forced tokens leave no others.
     A score is the sum of log-probabilities, the stop token's included, over the number of tokens ^ length_penalty.
     """
 
@@ -66,7 +67,7 @@ class State(NamedTuple):
     cache: Any
 
 
-@partial(jax.jit, static_argnames=("slots", "num_beams", "room", "early"))
+@partial(jax.jit, static_argnames=("slots", "num_beams", "room", "early", "first"))
 def _search(
     model: Any,
     prompts: Padded,
@@ -79,18 +80,21 @@ def _search(
     num_beams: int,
     room: int,
     early: bool,
+    first: int | None,
 ) -> Hypotheses:
-    """Continues prompts by up to `steps` tokens; `room` is the S of what follows them."""
+    """Continues prompts by up to `steps` tokens, of which `first` is the first if any; `room` is the S of them."""
     batch_size = len(prompts.tokens)
     last, cache = read(model, prompts, sources, slots)
-    rows = jnp.repeat(jnp.arange(batch_size), num_beams)
     shape = (batch_size, num_beams)
     none = Hypotheses(jnp.zeros((*shape, room), jnp.int32), jnp.zeros(shape, jnp.int32), jnp.full(shape, -jnp.inf))
     # All beams are alike at first: the continuations of one compete.
-    first = none._replace(scores=none.scores.at[:, 0].set(0.0))
-    state = State(first, none, jnp.ones(batch_size, bool), cache.cut(prompts.lengths).rows(rows))
+    one = none._replace(scores=none.scores.at[:, 0].set(0.0))
+    state = State(one, none, jnp.ones(batch_size, bool), cache.cut(prompts.lengths).repeated(num_beams))
     special = model.config.special_tokens
-    grow = partial(_grow, special=special, stop_tokens=stop_tokens, steps=steps, penalty=penalty, early=early)
+
+    def grow(state: State, logits: jax.Array, first: int | None = None) -> State:
+        logp = allowed(jax.nn.log_softmax(logits), special, steps - state.running.lengths[0, 0], first)
+        return _grow(state, logp, stop_tokens=stop_tokens, steps=steps, penalty=penalty, early=early)
 
     def unfinished(state: State) -> jax.Array:
         return (state.running.lengths[0, 0] < steps) & state.open.any()
@@ -101,7 +105,7 @@ def _search(
         features = model.features(newest, cache=state.cache)
         return grow(state._replace(cache=features.cache), model.logits(features.hidden[:, 0]))
 
-    state = grow(state, model.logits(last)[rows])
+    state = grow(state, jnp.repeat(model.logits(last), num_beams, axis=0), first)
     ended = jax.lax.while_loop(unfinished, step, state).ended
     # Whole on every device, so that every host can read them.
     return Hypotheses(*(constrain(x, *(None,) * x.ndim) for x in ended))
@@ -109,19 +113,17 @@ def _search(
 
 def _grow(
     state: State,
-    logits: jax.Array,
+    logp: jax.Array,
     *,
-    special: Any,
     stop_tokens: jax.Array,
     steps: jax.Array,
     penalty: jax.Array,
     early: bool,
 ) -> State:
-    """One more token for each running hypothesis, from logits [B W, V]."""
+    """One more token for each running hypothesis, from its log-probabilities [B W, V]."""
     running, ended = state.running, state.ended
     batch_size, num_beams, _ = running.tokens.shape
     length = running.lengths[0, 0] + 1
-    logp = permitted(jax.nn.log_softmax(logits), special, length - 1, steps)
     logp = logp.reshape(batch_size, num_beams, -1) + running.scores[..., None]
     # So many that W of them go on, even if every beam's best continuations are stop tokens.
     kept = max(2, 1 + len(stop_tokens)) * num_beams
@@ -142,7 +144,7 @@ def _grow(
     betterable = running.scores[:, 0] / length**penalty > ended.scores[:, -1]
     open = state.open & (~complete | (betterable & (not early)))
     beams = jnp.arange(batch_size)[:, None] * num_beams + jnp.take_along_axis(parents, survivors, axis=1)
-    return State(running, ended, open, state.cache.exchanged(beams.reshape(-1)))
+    return State(running, ended, open, state.cache.rows(beams.reshape(-1)))
 
 
 def beam_search(
@@ -164,6 +166,7 @@ def beam_search(
     stop_tokens: any of them ends a continuation; None: those of the model's config.
     Models and sources are those that `generate` takes. Raises GenerationError.
     """
+    first = model.config.special_tokens.first if prompts is None else None
     prompts = check_request(model, prompts, sources, max_new_tokens)
     if not 1 <= num_beams <= model.config.vocab_size:
         raise GenerationError(f"num_beams {num_beams} is not within 1 and the vocabulary's {model.config.vocab_size}")
@@ -182,14 +185,16 @@ def beam_search(
         num_beams=num_beams,
         room=power_of_two(max_new_tokens),
         early=early_stopping,
+        first=first,
     )
     stop = set(np.asarray(stop_array).tolist())
     tokens, ends, scores = (np.asarray(x) for x in found)
+    real = np.isfinite(scores)
     made = [
-        [_cut(row[:end].tolist(), stop) for row, end in zip(*beams, strict=True)]
-        for beams in zip(tokens, ends, strict=True)
+        [_cut(row[:end].tolist(), stop) for row, end in zip(tokens[i, real[i]], ends[i, real[i]], strict=True)]
+        for i in range(len(prompts))
     ]
-    return Beams(made, scores.tolist())
+    return Beams(made, [scores[i, real[i]].tolist() for i in range(len(prompts))])
 
 
 def _cut(tokens: list[int], stop: set[int]) -> list[int]:

@@ -81,27 +81,15 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 class State(NamedTuple):
     """tokens: [B, S], prompts and what followed.  lengths: [B], how many of a row's tokens are real.
 
-    begins: [B], how many of them are the prompt's.  done: [B], rows that a stop token ended.
+    done: [B], rows that a stop token ended.  room: for how many more tokens there is.
     cache: of the model; it holds all real tokens but each row's last.
     """
 
     tokens: jax.Array
     lengths: jax.Array
-    begins: jax.Array
     done: jax.Array
+    room: jax.Array
     cache: Any
-
-
-class Rules(NamedTuple):
-    """stop_tokens: int32, any of them ends a row.  room: [], how many tokens may follow a prompt.
-
-    sampling: how tokens are drawn; None: greedily.  key: for that.
-    """
-
-    stop_tokens: jax.Array
-    room: jax.Array | np.int32
-    sampling: Sampling | None
-    key: jax.Array
 
 
 class Padded(NamedTuple):
@@ -111,21 +99,40 @@ class Padded(NamedTuple):
     lengths: Any
 
 
-@partial(jax.jit, static_argnames=("slots",))
+@partial(jax.jit, static_argnames=("slots", "first"))
 def _prefill(
     model: Any,
     prompts: Padded,
     sources: Padded | None,
-    rules: Rules,
+    room: jax.Array,
+    sampling: Sampling | None,
+    stop_tokens: jax.Array,
+    key: jax.Array,
     *,
     slots: int,
+    first: int | None,
 ) -> State:
-    """Runs sources and prompts through the model, and appends the first new token."""
+    """Runs sources and prompts through the model, and appends one of `room` new tokens, which is `first` if any."""
     tokens, lengths = prompts
     last, cache = read(model, prompts, sources, slots)
     tokens = jnp.pad(tokens, ((0, 0), (0, slots - tokens.shape[1])))
-    state = State(tokens, lengths, lengths, jnp.zeros(len(tokens), bool), cache)
-    return _readable(_append(state, model, last, rules))
+    state = State(tokens, lengths, jnp.zeros(len(tokens), bool), room, cache)
+    logits = allowed(model.logits(last), model.config.special_tokens, room, first)
+    return _readable(_append(state, logits, sampling, stop_tokens, key))
+
+
+def allowed(scores: jax.Array, tokens: Any, room: jax.Array, first: int | None = None) -> jax.Array:
+    """scores [..., V] of the next token, -inf where a model's special tokens forbid it.
+
+    room: for how many tokens there is, this one included.  first: what it must be, if any.
+    """
+    if tokens.banned:
+        scores = scores.at[..., jnp.array(tokens.banned)].set(-jnp.inf)
+    for token, must in ((first, True), (tokens.last, room == 1)):
+        if token is not None:
+            alone = jnp.where(jnp.arange(scores.shape[-1]) == token, 0.0, -jnp.inf)
+            scores = jnp.where(must, alone, scores)
+    return scores
 
 
 def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tuple[jax.Array, Any]:
@@ -143,7 +150,9 @@ def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tup
 
 
 @partial(jax.jit, donate_argnames=("state",))
-def _decode(model: Any, state: State, steps: jax.Array, rules: Rules) -> State:
+def _decode(
+    model: Any, state: State, steps: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
+) -> State:
     """Appends `steps` tokens to each row, fewer where a stop token comes."""
 
     def unfinished(carry: tuple[jax.Array, State]) -> jax.Array:
@@ -153,7 +162,9 @@ def _decode(model: Any, state: State, steps: jax.Array, rules: Rules) -> State:
         count, state = carry
         last = jnp.take_along_axis(state.tokens, (state.lengths - 1)[:, None], axis=1)
         features = model.features(last, cache=state.cache)
-        return count + 1, _append(state._replace(cache=features.cache), model, features.hidden[:, 0], rules)
+        state = state._replace(cache=features.cache)
+        logits = allowed(model.logits(features.hidden[:, 0]), model.config.special_tokens, state.room)
+        return count + 1, _append(state, logits, sampling, stop_tokens, key)
 
     return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
 
@@ -163,45 +174,28 @@ def _readable(state: State) -> State:
     return state._replace(
         tokens=constrain(state.tokens, None, None),
         lengths=constrain(state.lengths, None),
-        begins=constrain(state.begins, None),
         done=constrain(state.done, None),
     )
 
 
-def _append(state: State, model: Any, hidden: jax.Array, rules: Rules) -> State:
-    """Chooses a token for each row from its last state [B, D] and appends it where the row goes on."""
-    tokens, lengths, begins, done, cache = state
+def _append(
+    state: State, logits: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
+) -> State:
+    """Chooses a token for each row from logits [B, V] and appends it where the row goes on; sampling None is greedy."""
+    tokens, lengths, done, room, cache = state
     rows = jnp.arange(len(lengths))
-    logits = permitted(model.logits(hidden), model.config.special_tokens, lengths - begins, rules.room)
-    if rules.sampling is None:
+    if sampling is None:
         token = jnp.argmax(logits, axis=-1)
     else:
         # A key for each row and place: what a row draws does not depend on the number of rows or on how steps are cut.
-        keys = jax.vmap(lambda *where: jax.random.fold_in(jax.random.fold_in(rules.key, where[0]), where[1]))(
-            rows, lengths
-        )
-        token = jax.vmap(jax.random.categorical)(keys, filtered(logits, rules.sampling))
-    done = done | (token[:, None] == rules.stop_tokens).any(-1)
+        keys = jax.vmap(lambda *where: jax.random.fold_in(jax.random.fold_in(key, where[0]), where[1]))(rows, lengths)
+        token = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+    done = done | (token[:, None] == stop_tokens).any(-1)
     place = jnp.where(done, tokens.shape[1], lengths)
     tokens = tokens.at[rows, place].set(token.astype(tokens.dtype), mode="drop")
     lengths = jnp.where(done, lengths, lengths + 1)
     # A row that is done runs along with the others; cutting its cache back keeps it from growing.
-    return State(tokens, lengths, begins, done, cache.cut(lengths - 1))
-
-
-def permitted(scores: jax.Array, special: Any, made: jax.Array, room: jax.Array | np.int32) -> jax.Array:
-    """scores [..., V] of tokens, -inf for those that a model's special tokens rule out; 0 for one that is forced.
-
-    made: [...], how many tokens followed the prompt before this one, of the `room` there is.
-    """
-    vocabulary = jnp.arange(scores.shape[-1])
-    for token in special.banned:
-        scores = jnp.where(vocabulary == token, -jnp.inf, scores)
-    for token, place in ((special.first, 0), (special.last, room - 1)):
-        if token is not None:
-            forced = jnp.where(vocabulary == token, 0.0, -jnp.inf)
-            scores = jnp.where((made == place)[..., None], forced, scores)
-    return scores
+    return State(tokens, lengths, done, room - 1, cache.cut(lengths - 1))
 
 
 def generate(
@@ -220,7 +214,7 @@ def generate(
     """Continues each prompt (token ids, at least one) by up to max_new_tokens; see Sampling for the distribution.
 
     sources: what a model with an encoder reads, one for each prompt; its prompts are what the decoder begins with, the
-        start token of the model's config unless given.
+        start token of the model's config unless given, behind which a first token may be forced.
     stop_tokens: any of them ends a row; None: those of the model's config, which a published model has.
     key: needed where temperature is above 0. The same key, prompts and options give the same tokens.
     callback: called as callback(row, token) for every new token as soon as it is there; stop tokens are not passed.
@@ -228,28 +222,28 @@ def generate(
     Raises GenerationError.
     """
     sampling = Sampling(temperature, top_k, top_p)
+    first = model.config.special_tokens.first if prompts is None else None
     prompts = check_request(model, prompts, sources, max_new_tokens)
     sampling.check(model.config.vocab_size)
     if temperature > 0 and key is None:
         raise GenerationError(f"temperature {temperature} draws at random: give a key, or temperature 0")
     padded, slots = laid_out(model.config, prompts, max_new_tokens)
-    rules = Rules(
-        stops(model.config, stop_tokens),
-        np.int32(max_new_tokens),
+    options = (
         sampling if temperature > 0 else None,
+        stops(model.config, stop_tokens),
         jax.random.key(0) if key is None else key,
     )
 
     padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
-    state = _prefill(model, padded, padded_sources, rules, slots=slots)
+    state = _prefill(model, padded, padded_sources, np.int32(max_new_tokens), *options, slots=slots, first=first)
     if callback is None:
-        state = _decode(model, state, np.int32(max_new_tokens - 1), rules)
+        state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
     else:
         seen = _emit(state, padded.lengths, callback)
         for _ in range(max_new_tokens - 1):
             if state.done.all():
                 break
-            state = _decode(model, state, np.int32(1), rules)
+            state = _decode(model, state, np.int32(1), *options)
             seen = _emit(state, seen, callback)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
     made = [tokens[row, padded.lengths[row] : ends[row]].tolist() for row in range(len(prompts))]
@@ -304,7 +298,7 @@ def check_request(
             else "no sources given to a model with an encoder: give what it reads as sources=, one for each row"
         )
     if sources is not None:
-        _check_rows("source", config, sources, 0)
+        _check_rows("source", config, sources, 0, getattr(config, "source_vocab_size", None))
         start = config.special_tokens.start
         if prompts is None and start is None:
             raise GenerationError(
@@ -319,7 +313,8 @@ def check_request(
     return prompts or ()
 
 
-def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int) -> None:
+def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int, vocab_size: int | None = None) -> None:
+    vocabulary = config.vocab_size if vocab_size is None else vocab_size
     if not rows:
         raise GenerationError(f"no {kind}s given: give at least one")
     for row, tokens in enumerate(rows):
@@ -333,8 +328,6 @@ def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int)
                 f"{kind} {row} has {length} tokens{beyond}, more than the model's max_length {longest}: "
                 f"shorten the {kind}{mend}"
             )
-        unknown = [token for token in tokens if not 0 <= token < config.vocab_size]
+        unknown = [token for token in tokens if not 0 <= token < vocabulary]
         if unknown:
-            raise GenerationError(
-                f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
-            )
+            raise GenerationError(f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {vocabulary - 1}")

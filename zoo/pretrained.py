@@ -57,7 +57,7 @@ def from_pretrained(
     Raises PretrainedError, and PublishedError for a model that no family here can be.
     """
     folder = find(source)
-    config = published_config(read_json(folder / "config.json"))
+    config = published_config(read_json(folder / "config.json") | _rules_of_generation(folder))
     if dtype is not None:
         if dtype not in DTYPES:
             raise PretrainedError(f"dtype {dtype!r} is unknown: choose one of {', '.join(DTYPES)}")
@@ -69,6 +69,14 @@ def from_pretrained(
         tensors = Tensors(folder, config.published_layout())
     model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
     return load(model, tensors, dtype, layouts(model, mesh, rules))
+
+
+def _rules_of_generation(folder: Path) -> dict[str, Any]:
+    """What generation must obey: of a file of its own, or none where older folders have it in config.json."""
+    if not (folder / "generation_config.json").exists():
+        return {}
+    fields = read_json(folder / "generation_config.json")
+    return {name: fields.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids")}
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -39,7 +39,7 @@ def plain(module: MultiHeadAttention, x, kv, allowed) -> jax.Array:
 def test_grouped_queries_follow_the_equation(num_kv_heads) -> None:
     module, x = build(num_kv_heads=num_kv_heads), random(1, 2, 9, 24)
     expected = plain(module, x, x, jnp.tril(jnp.ones((9, 9), bool)))
-    output, cache = jax.jit(lambda x: module(x, mask=CAUSAL))(x)
+    output, cache, _ = jax.jit(lambda x: module(x, mask=CAUSAL))(x)
     assert cache is None
     np.testing.assert_allclose(output, expected, atol=1e-5)
 
@@ -64,6 +64,22 @@ def test_cross_attention_sees_another_sequence_of_another_width() -> None:
     np.testing.assert_allclose(run(x, shorter), run(x, kv[:, :5]), atol=1e-5)
 
 
+def test_rows_may_share_what_they_attend_to() -> None:
+    module, x, kv = build(num_kv_heads=3), random(1, 6, 4, 24), random(2, 2, 7, 24)
+    real = (jnp.arange(7) < jnp.array([7, 5])[:, None]).astype(jnp.int32)
+    expected = module(x, jnp.repeat(kv, 3, 0), mask=masked(4, jnp.repeat(real, 3, 0)), return_weights=True)
+    for shared in (kv, module.keys_and_values(kv)):
+        found = module(x, shared, mask=masked(12, real), return_weights=True)
+        np.testing.assert_allclose(found.output, expected.output, atol=1e-5)
+        np.testing.assert_allclose(found.weights, expected.weights, atol=1e-6)
+    with pytest.raises(LayerError, match=r"^kv has 2 rows and x 5, .* give as many, or a divisor of them$"):
+        module(x[:5], kv)
+
+
+def masked(queries: int, real: jax.Array) -> Mask:
+    return Mask(segments=(jnp.ones((len(real), queries), jnp.int32), real))
+
+
 @pytest.mark.parametrize("rotary", [None, Rotary()])
 def test_a_cache_filled_in_pieces_equals_one_pass(rotary) -> None:
     module, x = build(num_kv_heads=2, rotary=rotary), random(1, 2, 11, 24)
@@ -71,7 +87,7 @@ def test_a_cache_filled_in_pieces_equals_one_pass(rotary) -> None:
     expected = run(x, None).output
     cache, outputs = module.init_cache(2, 16), []
     for piece in jnp.split(x, [4, 5, 9], axis=1):
-        output, cache = run(piece, cache)
+        output, cache, _ = run(piece, cache)
         outputs.append(output)
     np.testing.assert_allclose(jnp.concatenate(outputs, axis=1), expected, atol=1e-5)
     np.testing.assert_array_equal(cache.lengths, [11, 11])
@@ -81,10 +97,10 @@ def test_rows_of_different_length_share_a_cache() -> None:
     module, x = build(num_kv_heads=2, rotary=Rotary()), random(1, 2, 6, 24)
     lengths = jnp.array([6, 3])
     run = jax.jit(lambda x, cache: module(x, mask=CAUSAL, cache=cache))
-    _, cache = run(x, module.init_cache(2, 8))
+    _, cache, _ = run(x, module.init_cache(2, 8))
     cache = cache.cut(lengths)
     new = random(2, 2, 1, 24)
-    output, cache = run(new, cache)
+    output, cache, _ = run(new, cache)
     np.testing.assert_array_equal(cache.lengths, lengths + 1)
     for row, length in enumerate([6, 3]):
         alone = jnp.concatenate([x[row : row + 1, :length], new[row : row + 1]], axis=1)

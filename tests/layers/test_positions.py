@@ -15,6 +15,8 @@ def test_sinusoids_follow_the_paper() -> None:
         expected[:, 2 * i] = np.sin(positions / 10000 ** (2 * i / 10))
         expected[:, 2 * i + 1] = np.cos(positions / 10000 ** (2 * i / 10))
     np.testing.assert_allclose(sinusoids(jnp.arange(7), 10), expected, atol=1e-6)
+    halves = np.concatenate([expected[:, ::2], expected[:, 1::2]], 1)
+    np.testing.assert_allclose(sinusoids(jnp.arange(7), 10, halves=True), halves, atol=1e-6)
 
 
 def test_sinusoids_of_an_odd_width_are_refused() -> None:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from flax import nnx
 
 from zoo.kernels import Bias, Mask, attention, attention_weights
@@ -48,14 +49,14 @@ class KVCache:
         """With the first lengths [B] entries of each row alone: forgets padding that was appended after a prompt."""
         return dataclasses.replace(self, lengths=jnp.broadcast_to(lengths, self.lengths.shape))
 
+    def repeated(self, count: int) -> "KVCache":
+        """With `count` copies of each row, one after another."""
+        return self.rows(jnp.repeat(jnp.arange(self.lengths.shape[-1]), count))
+
     def rows(self, rows: jax.Array) -> "KVCache":
         """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
         keys, values = (jnp.take(x, rows, axis=-4) for x in (self.keys, self.values))
         return KVCache(keys, values, jnp.take(self.lengths, rows, axis=-1))
-
-    def exchanged(self, rows: jax.Array) -> "KVCache":
-        """As `rows`, where each row is exchanged for one that continues the same prompt."""
-        return self.rows(rows)
 
 
 class AttentionOutput(NamedTuple):
@@ -134,6 +135,8 @@ class MultiHeadAttention(nnx.Module):
     ) -> AttentionOutput:
         """x [B, T, D] attends to itself, or to `kv`: [B, S, E], or what `keys_and_values` made of it once.
 
+        kv may have B / G rows, each for G rows of x that follow one another; `mask` then takes their queries as those
+        of one row, [B / G, G T].
         bias: added to the scores, as `zoo.kernels.attention` takes it.
         cache: keys and values of earlier calls; those of x are appended, and x attends to all. Masks then compare
             slots: query t of row b stands at slot lengths[b] + t.
@@ -160,10 +163,18 @@ class MultiHeadAttention(nnx.Module):
             k, v = held.keys, held.values
             if isinstance(kv, KVCache):
                 mask = mask & Mask(lengths=held.lengths)
+            if len(q) % len(k):
+                raise LayerError(
+                    f"kv has {len(k)} rows and x {len(q)}, no multiple: give as many, or a divisor of them"
+                )
+            q = q.reshape(len(k), -1, *q.shape[2:])
         dropout = 0.0 if key is None else self.dropout
         k, v, scored = k.astype(q.dtype), v.astype(q.dtype), {"bias": bias, "scale": self.scale}
-        y = constrain(attention(q, k, v, mask, dropout=dropout, dropout_key=key, **scored), *_HEADS)
+        y = attention(q, k, v, mask, dropout=dropout, dropout_key=key, **scored)
+        y = constrain(y.reshape(*x.shape[:2], *y.shape[2:]), *_HEADS)
         weights = attention_weights(q, k, mask, **scored) if return_weights else None
+        if weights is not None:
+            weights = rearrange(weights, "b n (g t) s -> (b g) n t s", t=x.shape[1])
         return AttentionOutput(constrain(self.out(y), "act_batch", "act_length", "act_embed"), cache, weights)
 
     def keys_and_values(self, kv: jax.Array, lengths: jax.Array | None = None) -> KVCache:

@@ -49,12 +49,15 @@ class LearnedPositions(nnx.Module):
         return vectors.astype(self.compute)
 
 
-def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0) -> jax.Array:
+def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0, halves: bool = False) -> jax.Array:
     """positions [...] to [..., width] float32: sines in even columns, cosines in odd (Vaswani et al. 2017).
 
     Column pair i turns once in 2 pi longest^(2i / width) positions. width must be even.
+    halves: all sines come first, and the cosines after them (Marian).
     """
     angles = positions[..., None] * _frequencies(width, longest)
+    if halves:
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
@@ -151,8 +154,8 @@ def _check_positive(**values: float) -> None:
             raise LayerError(f"{name} {value} of rotary positions is no finite number above 0: choose one")
 
 
-def _frequencies(width: int, longest: float) -> jax.Array:
-    """Radians per position of each of width / 2 pairs."""
+def _frequencies(width: int, longest: float) -> np.ndarray:
+    """Radians per position of each of width / 2 pairs, float32; made on the host, for precision."""
     if width % 2:
         raise LayerError(f"sinusoids need an even width and got {width}: choose {width + 1}")
-    return longest ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
+    return (longest ** (-np.arange(0, width, 2) / width)).astype(np.float32)

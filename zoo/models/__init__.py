@@ -10,18 +10,18 @@ FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 # The `model_type` of a published config.json, and whose config class reads it.
 PUBLISHED = {
+    "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "dinov2": ("vit", "ViTConfig"),
     "dinov2_with_registers": ("vit", "ViTConfig"),
     "gpt2": ("gpt", "GPTConfig"),
     "llama": ("llama", "LlamaConfig"),
+    "marian": ("transformer", "TransformerConfig"),
     "mistral": ("llama", "LlamaConfig"),
+    "mt5": ("t5", "T5Config"),
     "qwen2": ("llama", "LlamaConfig"),
     "qwen3": ("llama", "LlamaConfig"),
-    "bart": ("transformer", "TransformerConfig"),
-    "marian": ("transformer", "TransformerConfig"),
     "t5": ("t5", "T5Config"),
-    "mt5": ("t5", "T5Config"),
     "vit": ("vit", "ViTConfig"),
     "xlnet": ("xlnet", "XLNetConfig"),
 }

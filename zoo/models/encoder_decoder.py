@@ -26,8 +26,9 @@ from zoo.sharding import constrain
 class Cache:
     """What a decoder has seen.
 
-    own: of its self-attention, [L, B, slots, K, H].  source: keys and values of the encoded source, [L, B, S, K, H].
-    source_segments: [B, S] int32, 0 where a source token only pads.
+    own: of its self-attention, [L, B, slots, K, H].
+    source: keys and values of the encoded source, [L, B / G, S, K, H]: G rows, one after another, share each of them.
+    source_segments: [B / G, S] int32, 0 where a source token only pads.
     """
 
     own: KVCache
@@ -43,13 +44,13 @@ class Cache:
         """With the decoder's first lengths [B] tokens of each row alone."""
         return dataclasses.replace(self, own=self.own.cut(lengths))
 
-    def rows(self, rows: jax.Array) -> "Cache":
-        """A cache whose row r is row rows[r] of this one; rows is int32 of any length, and may repeat."""
-        return Cache(self.own.rows(rows), self.source.rows(rows), jnp.take(self.source_segments, rows, axis=0))
+    def repeated(self, count: int) -> "Cache":
+        """With `count` copies of each row, one after another, which share its source."""
+        return dataclasses.replace(self, own=self.own.repeated(count))
 
-    def exchanged(self, rows: jax.Array) -> "Cache":
-        """As `rows`, where each row is exchanged for one of the same source: the sources' keys stay where they are."""
-        return dataclasses.replace(self, own=self.own.exchanged(rows))
+    def rows(self, rows: jax.Array) -> "Cache":
+        """A cache whose row r is row rows[r] of this one, which must be one that has the same source."""
+        return dataclasses.replace(self, own=self.own.rows(rows))
 
 
 class Encoded(NamedTuple):
@@ -153,7 +154,8 @@ class EncoderDecoder(nnx.Module):
             positions = jnp.arange(tokens.shape[1])[None] if segments is None else _restarted(segments)
         if segments is None:
             real = (context_segments != 0).astype(jnp.int32)
-            context_mask = Mask(segments=(jnp.ones(tokens.shape, jnp.int32), real))
+            queries = (len(real), tokens.size // len(real))
+            context_mask = Mask(segments=(jnp.ones(queries, jnp.int32), real))
         elif cache is not None:
             raise SequenceError("segments given with a cache: a cached row is one text, so leave segments out")
         else:

@@ -99,7 +99,8 @@ class SpecialTokens:
     """Tokens with a meaning to generation, by their ids; None or () where there is none.
 
     bos begins a text, pad fills rows, any of eos ends a text, and start is what a decoder with an encoder begins with.
-    first and last are forced: the first that follows a prompt, and the last that there is room for. banned never come.
+    first and last are what the first new token must be, where no prompt says what the decoder begins with, and the last
+    that there is room for.  banned ones are never generated.
     """
 
     bos: int | None = None
@@ -114,22 +115,24 @@ class SpecialTokens:
     def from_published(cls, fields: Mapping[str, Any]) -> "SpecialTokens":
         kinds = ("bos", "eos", "pad", "decoder_start", "forced_bos", "forced_eos")
         bos, eos, pad, start, first, last = (fields.get(f"{kind}_token_id") for kind in kinds)
-        words = fields.get("bad_words_ids") or []
-        if not isinstance(words, list) or any(not isinstance(word, list) or len(word) != 1 for word in words):
-            raise PublishedError(f"config.json has bad_words_ids {words!r}: here words of one token each are banned")
-        banned = tuple(token for (token,) in words)
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+        words = fields.get("bad_words_ids") or []
+        if not all(isinstance(word, list) and len(word) == 1 for word in words):
+            raise PublishedError(f"config.json has bad_words_ids {words!r}: words of one token alone are banned here")
+        banned = tuple(word[0] for word in words)
         for token in (bos, pad, start, first, last, *ends, *banned):
             if token is not None and not isinstance(token, int):
                 raise PublishedError(f"config.json has the special token {token!r}: their ids are whole numbers")
-        return cls(bos, ends, pad, start, first, last, banned)
+        # As published: a ban of what ends a text is void.
+        return cls(bos, ends, pad, start, first, last, tuple(token for token in banned if token not in ends))
 
     def to_published(self) -> dict[str, Any]:
         eos = self.eos[0] if len(self.eos) == 1 else list(self.eos) or None
         fields = {"bos_token_id": self.bos, "eos_token_id": eos, "pad_token_id": self.pad}
-        others = {"decoder_start": self.start, "forced_bos": self.first, "forced_eos": self.last}
-        fields |= {f"{kind}_token_id": token for kind, token in others.items() if token is not None}
-        return fields | ({"bad_words_ids": [[token] for token in self.banned]} if self.banned else {})
+        for name, token in (("decoder_start", self.start), ("forced_bos", self.first), ("forced_eos", self.last)):
+            if token is not None:
+                fields[f"{name}_token_id"] = token
+        return fields | {"bad_words_ids": [[token] for token in self.banned]} if self.banned else fields
 
 
 def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:

@@ -1,14 +1,15 @@
-"""The Transformer: an encoder-decoder of attention alone, and its two published descendants, Marian and BART.
+"""The Transformer of 2017, an encoder-decoder with post-norm blocks, and its published descendants Marian and BART.
 
-Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762): post-norm blocks, sinusoidal positions, one table
-of embeddings for sources, targets and scores, scaled by sqrt(D) on the way in. Marian (Junczys-Dowmunt et al. 2018) is
-that with another order of sinusoids and a bias of the scores. BART (Lewis et al. 2020, arXiv 1910.13461) has learned
-positions and normalises embeddings. torch.nn.Transformer normalises once more behind each stack.
+Vaswani et al. 2017, "Attention Is All You Need" (arXiv 1706.03762). One table of vectors serves source, target and head
+(section 3.4), and enters multiplied by sqrt(D); what the paper leaves open (kernels by Glorot's uniform rule, vectors
+N(0, 1 / D), epsilon 1e-6, projections of attention without bias) is as in its released code, tensor2tensor.
+
+Marian (Junczys-Dowmunt et al. 2018, arXiv 1804.00344) puts sines and cosines into two halves, and adds a bias to the
+logits. BART (Lewis et al. 2019, arXiv 1910.13461) learns positions and normalises what enters.
 """
 
 import dataclasses
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -41,26 +42,29 @@ from zoo.models.published import (
 )
 from zoo.sharding import constrain
 
-POSITIONS = ("sinusoids", "halved_sinusoids", "learned")
-"""Sines and cosines in turn (the paper), all sines before all cosines (Marian), or a learned table (BART)."""
+POSITIONS = ("interleaved", "halves", "learned")
+"""Sines and cosines in turn; all sines, then all cosines; one vector for each position."""
 
 OFFSET = 2
-"""Rows of BART's table of positions before that of the first token, which nothing reads."""
+"""Rows before position 0 in BART's tables of positions. Nothing reads them."""
 
 
 @dataclass(frozen=True)
 class TransformerConfig:
-    """A Transformer's sizes; the defaults are those of the paper's base model, English to German.
+    """A Transformer's sizes; the defaults are those of the paper's base model.
 
-    source_vocab_size: of a table of its own for sources; None: they share the targets'.
-    max_length: positions, where they are learned; None where there is no limit.
-    num_decoder_layers, num_decoder_heads, decoder_mlp_width: as the encoder's where None.
-    positions: a name in POSITIONS.  scaled: embeddings times sqrt(D).  embed_norm: embeddings are normalised.
-    final_norm: states are normalised behind each stack.  tied: words are scored against the embeddings.
-    logits_bias: one number a word is added to its score: learned with a head of its own, else given and not trained.
+    source_vocab_size: of sources, where they have vectors of their own; None: they share the target's.
+    max_length: None where sinusoids go on for ever.
+    num_layers, num_heads, mlp_width: of the encoder; the decoder's own, where they are not the same.
+    positions: a name in POSITIONS.  scaled: whether vectors of words are multiplied by sqrt(D).
+    embed_norm: whether what enters a stack is normalised.  final_norm: whether what leaves it is once more, as
+        torch.nn.Transformer does.
+    attention_bias: whether projections of attention have biases.
+    tied: whether words are scored against the embeddings.  logits_bias: whether a bias is added to their scores. It is
+        learned, as by Marian; Hugging Face's code holds it as it is.
     dropout: of embeddings and residual branches.  mlp_dropout: of hidden features.
-    init_stddev: of all weights; None: Glorot and Bengio's uniform, and D^-0.5 for embeddings.
-    special_tokens: start is what the decoder begins with; pad learns nothing from where it stands.
+    model_type: what it is published as, "marian" or "bart"; "transformer" has no published form.
+    special_tokens: start is what the decoder begins with; the vector of pad gets no gradient from where it stands.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
     """
 
@@ -74,37 +78,42 @@ class TransformerConfig:
     num_decoder_heads: int | None = None
     mlp_width: int = 2048
     decoder_mlp_width: int | None = None
-    positions: str = "sinusoids"
+    positions: str = "interleaved"
     scaled: bool = True
     embed_norm: bool = False
     final_norm: bool = False
+    attention_bias: bool = False
     tied: bool = True
     logits_bias: bool = False
     activation: str = "relu"
+    norm_epsilon: float = 1e-6
     dropout: float = 0.1
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
-    init_stddev: float | None = None
+    model_type: str = "transformer"
     special_tokens: SpecialTokens = SpecialTokens()
     remat: str = "none"
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        names = ("vocab_size", "source_vocab_size", "max_length", "num_layers", "num_decoder_layers", "width")
-        names += ("num_heads", "num_decoder_heads", "mlp_width", "decoder_mlp_width")
-        sizes = {name: getattr(self, name) for name in names}
-        check_sizes(**{name: size for name, size in sizes.items() if size is not None})
+        named = ("source_vocab_size", "max_length", "num_decoder_layers", "num_decoder_heads", "decoder_mlp_width")
+        names = ("vocab_size", "num_layers", "width", "num_heads", "mlp_width", *named)
+        check_sizes(**{name: value for name in names if (value := getattr(self, name)) is not None})
         if self.positions not in POSITIONS:
-            raise LayerError(f"positions {self.positions!r} is unknown: choose one of {', '.join(POSITIONS)}")
+            raise LayerError(f"positions {self.positions!r} are unknown: choose one of {', '.join(POSITIONS)}")
         if self.positions == "learned" and self.max_length is None:
-            raise LayerError("positions 'learned' without max_length: say how many there are")
+            raise LayerError("positions 'learned' with max_length None: say how many there are")
+        if self.positions != "learned" and self.width % 2:
+            raise LayerError(f"width {self.width} is odd, and sines need cosines: choose {self.width + 1}")
+        if self.model_type not in ("transformer", *_CLASSES):
+            raise LayerError(f"model_type {self.model_type!r} is none of transformer, {', '.join(_CLASSES)}")
 
-    @property
-    def decoder_sizes(self) -> tuple[int, int, int]:
-        """Layers, heads and feed-forward width of the decoder."""
+    def sizes(self, *, decoding: bool) -> tuple[int, int, int]:
+        """Layers, heads and hidden features of the encoder, or of the decoder."""
         encoder = (self.num_layers, self.num_heads, self.mlp_width)
-        given = (self.num_decoder_layers, self.num_decoder_heads, self.decoder_mlp_width)
-        return tuple(e if d is None else d for e, d in zip(encoder, given, strict=True))  # pyright: ignore
+        own = (self.num_decoder_layers, self.num_decoder_heads, self.decoder_mlp_width)
+        layers, heads, width = (y if decoding and y is not None else x for x, y in zip(encoder, own, strict=True))
+        return layers, heads, width
 
     def build(self, rngs: nnx.Rngs) -> "Transformer":
         return Transformer(self, rngs=rngs)
@@ -115,39 +124,32 @@ class TransformerConfig:
         shape: (S, T), tokens of the source and of the decoder; (T,) stands for as many of both.
         """
         source, length = shape if len(shape) == 2 else (*shape, *shape)
-        layers, _, mlp_width = self.decoder_sizes
-        square = self.width**2
-        encoder = source * (4 * square + 2 * self.width * self.mlp_width) + 2 * source**2 * self.width
+        layers, _, hidden = self.sizes(decoding=False)
+        encoder = source * (4 * self.width**2 + 2 * self.width * hidden) + 2 * source**2 * self.width
+        decoder_layers, _, hidden = self.sizes(decoding=True)
         # Queries and the output of cross-attention are the decoder's, its keys and values the source's.
-        decoder = length * (6 * square + 2 * self.width * mlp_width) + source * 2 * square
-        decoder += (length**2 + 2 * length * source) * self.width
-        return 2.0 * (self.num_layers * encoder + layers * decoder + length * self.width * self.vocab_size)
+        decoder = (6 * length + 2 * source) * self.width**2 + length * 2 * self.width * hidden
+        decoder += 2 * (length**2 + length * source) * self.width
+        return 2.0 * (layers * encoder + decoder_layers * decoder + length * self.width * self.vocab_size)
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
         """From the config.json of a Marian or BART; raises PublishedError for one that this module cannot be."""
-        kind = fields["model_type"]
-        require(
-            fields,
-            kind,
-            architectures=[_CLASSES[kind]],
-            is_encoder_decoder=True,
-            is_decoder=False,
-            tie_word_embeddings=True,
-            share_encoder_decoder_embeddings=True,
-            decoder_vocab_size=fields.get("vocab_size"),
-            encoder_layerdrop=0.0,
-            decoder_layerdrop=0.0,
-            static_position_embeddings=kind == "marian",
-            normalize_before=False,
-            normalize_embedding=kind == "bart",
-            add_final_layer_norm=False,
-            add_bias_logits=False,
-            extra_pos_embeddings=OFFSET,
-        )
-        bart = kind == "bart"
+        model_type = fields["model_type"]
+        classes, family = _CLASSES[model_type], model_type.upper() if model_type == "bart" else "Marian"
+        architectures = fields.get("architectures", [classes[0]])
+        if architectures not in [[name] for name in classes]:
+            raise PublishedError(
+                f"config.json has architectures {architectures!r}, and a {family} here is one of {', '.join(classes)}"
+            )
+        fields = _DEFAULTS[model_type] | dict(fields)
+        vocab_size = size(fields, "vocab_size")
+        require(fields, family, **_ALONE, **_ALONE_OF[model_type])
+        if fields.get("decoder_vocab_size") is not None:
+            require(fields, f"{family} with vocab_size {vocab_size}", decoder_vocab_size=vocab_size)
+        marian = model_type == "marian"
         return cls(
-            vocab_size=size(fields, "vocab_size"),
+            vocab_size=vocab_size,
             max_length=size(fields, "max_position_embeddings"),
             num_layers=size(fields, "encoder_layers"),
             num_decoder_layers=size(fields, "decoder_layers"),
@@ -156,198 +158,243 @@ class TransformerConfig:
             num_decoder_heads=size(fields, "decoder_attention_heads"),
             mlp_width=size(fields, "encoder_ffn_dim"),
             decoder_mlp_width=size(fields, "decoder_ffn_dim"),
-            positions="learned" if bart else "halved_sinusoids",
+            positions="halves" if marian else "learned",
             scaled=flag(fields, "scale_embedding", False),
-            embed_norm=bart,
-            logits_bias=True,
+            embed_norm=not marian,
+            attention_bias=True,
+            logits_bias=architectures[0] != "BartModel",
             activation=activation(fields, "activation_function", "gelu"),
+            norm_epsilon=1e-5,
             dropout=number(fields, "dropout", 0.1),
             attention_dropout=number(fields, "attention_dropout", 0.0),
             mlp_dropout=number(fields, "activation_dropout", 0.0),
-            init_stddev=number(fields, "init_std", 0.02),
+            model_type=model_type,
             special_tokens=SpecialTokens.from_published(fields),
         )
 
-    @property
-    def published(self) -> str:
-        """The published model that this is, "marian" or "bart"; raises PublishedError where there is none."""
-        told = (self.positions, self.embed_norm, self.final_norm, self.tied, self.logits_bias, self.source_vocab_size)
-        for kind, positions in (("marian", "halved_sinusoids"), ("bart", "learned")):
-            if told == (positions, kind == "bart", False, True, True, None):
-                return kind
-        raise PublishedError(
-            "the published Transformers are Marian (halved_sinusoids, logits_bias) and BART (learned positions, "
-            f"embed_norm, logits_bias), both tied, without final_norm and source_vocab_size: this is none, {self}"
-        )
-
     def to_published(self) -> dict[str, Any]:
-        """The config.json of this Marian or BART; raises PublishedError where it is neither."""
-        kind, (layers, heads, mlp_width) = self.published, self.decoder_sizes
-        if self.max_length is None:
-            raise PublishedError("max_length None: a published Transformer says how many positions it has")
+        """The config.json of this Marian or BART; raises PublishedError where it is none."""
+        if self.model_type not in _CLASSES:
+            raise PublishedError(f"model_type {self.model_type!r} has no published form: {', '.join(_CLASSES)} have")
+        classes = _CLASSES[self.model_type]
+        encoder, decoder = self.sizes(decoding=False), self.sizes(decoding=True)
         fields = {
-            "architectures": [_CLASSES[kind]],
-            "model_type": kind,
+            "architectures": [classes[0] if self.logits_bias else classes[-1]],
+            "model_type": self.model_type,
             "is_encoder_decoder": True,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_length,
-            "encoder_layers": self.num_layers,
-            "decoder_layers": layers,
+            "encoder_layers": encoder[0],
+            "decoder_layers": decoder[0],
             "d_model": self.width,
-            "encoder_attention_heads": self.num_heads,
-            "decoder_attention_heads": heads,
-            "encoder_ffn_dim": self.mlp_width,
-            "decoder_ffn_dim": mlp_width,
-            "activation_function": published_activation(self.activation),
+            "encoder_attention_heads": encoder[1],
+            "decoder_attention_heads": decoder[1],
+            "encoder_ffn_dim": encoder[2],
+            "decoder_ffn_dim": decoder[2],
+            # As Marian's files have it.
+            "activation_function": "swish" if self.activation == "silu" else published_activation(self.activation),
             "scale_embedding": self.scaled,
             "dropout": self.dropout,
             "attention_dropout": self.attention_dropout,
             "activation_dropout": self.mlp_dropout,
             "tie_word_embeddings": True,
-        }
-        fields |= {} if self.init_stddev is None else {"init_std": self.init_stddev}
-        fields |= {"decoder_vocab_size": self.vocab_size} if kind == "marian" else {}
-        return fields | self.special_tokens.to_published()
+            "forced_eos_token_id": None,
+        } | self.special_tokens.to_published()
+        back = dataclasses.replace(type(self).from_published(fields), remat=self.remat, precision=self.precision)
+        # What those families have one value of is in no field of theirs.
+        for field in dataclasses.fields(self):
+            found, theirs = getattr(self, field.name), getattr(back, field.name)
+            if found != theirs and not (field.name in _DECODERS and found is None):
+                raise PublishedError(f"{field.name} {found!r}: a published {self.model_type} has {theirs!r}")
+        return fields
+
+    def with_tensors(self, names: Collection[str]) -> "TransformerConfig":
+        """As a file with these tensors has it: a BART with a bias of its logits is more than a bare one."""
+        bias = self.logits_bias if self.model_type != "bart" else "final_logits_bias" in names
+        return dataclasses.replace(self, logits_bias=bias)
 
     def published_layout(self) -> Layout:
-        return _layout(self.published)
+        return _layout(self)
 
 
-_CLASSES = {"marian": "MarianMTModel", "bart": "BartForConditionalGeneration"}
+_DECODERS = ("num_decoder_layers", "num_decoder_heads", "decoder_mlp_width")
+
+_CLASSES = {"marian": ("MarianMTModel",), "bart": ("BartForConditionalGeneration", "BartModel")}
+
+_ALONE = {
+    "is_encoder_decoder": True,
+    "is_decoder": False,
+    "tie_word_embeddings": True,
+    "share_encoder_decoder_embeddings": True,
+    "encoder_layerdrop": 0,
+    "decoder_layerdrop": 0,
+    "normalize_before": False,
+    "add_final_layer_norm": False,
+    "add_bias_logits": False,
+}
+_ALONE_OF = {
+    "marian": {"static_position_embeddings": True, "normalize_embedding": False},
+    "bart": {"static_position_embeddings": False, "normalize_embedding": True},
+}
+
+# What Hugging Face transformers takes where a config.json leaves it out.
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "marian": {
+        "eos_token_id": 0,
+        "pad_token_id": 58100,
+        "decoder_start_token_id": 58100,
+        "forced_eos_token_id": 0,
+    },
+    "bart": {
+        "bos_token_id": 0,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 2,
+        "forced_eos_token_id": 2,
+    },
+}
 
 
-def transformer_block(
-    config: TransformerConfig, num_heads: int, mlp_width: int, *, decoding: bool, rngs: nnx.Rngs
-) -> Block:
+def kernel_init(config: TransformerConfig) -> Initializer:
+    return normal(0.02) if config.model_type == "bart" else jax.nn.initializers.glorot_uniform()
+
+
+def transformer_block(config: TransformerConfig, *, decoding: bool, rngs: nnx.Rngs) -> Block:
     """One layer of the encoder, or of the decoder."""
-    common = {"rngs": rngs, "precision": config.precision, "init": _init(config)}
-    attention = partial(MultiHeadAttention, config.width, num_heads, dropout=config.attention_dropout, **common)
+    _, heads, hidden = config.sizes(decoding=decoding)
+    common = {"rngs": rngs, "precision": config.precision, "init": kernel_init(config)}
+
+    def attention() -> MultiHeadAttention:
+        rate, bias = config.attention_dropout, config.attention_bias
+        return MultiHeadAttention(config.width, heads, bias=bias, dropout=rate, **common)
+
     return Block(
         attention(),
-        FeedForward(config.width, mlp_width, activation=config.activation, dropout=config.mlp_dropout, **common),
-        partial(LayerNorm, config.width, precision=config.precision),
+        FeedForward(config.width, hidden, activation=config.activation, dropout=config.mlp_dropout, **common),
+        partial(LayerNorm, config.width, epsilon=config.norm_epsilon, precision=config.precision),
         cross_attention=attention() if decoding else None,
         norm_first=False,
         dropout=config.dropout,
     )
 
 
-def _init(config: TransformerConfig) -> Initializer:
-    given = config.init_stddev
-    return jax.nn.initializers.glorot_uniform() if given is None else normal(given)
+class WordBias(nnx.Module):
+    """What is added to the score of each word, [V padded]."""
+
+    def __init__(self, config: TransformerConfig, padded: int):
+        dtype = jnp.dtype(config.precision.parameters)
+        self.bias = nnx.Param(jnp.zeros(padded, dtype), axes=("vocab",), rows=config.vocab_size)
+
+
+class Side(nnx.Module):
+    """What stands around one stack: positions and a normalisation before it, a normalisation behind it, as there are.
+
+    embed: vectors of words, where this side has its own.
+    """
+
+    def __init__(self, config: TransformerConfig, vocab_size: int | None, *, rngs: nnx.Rngs):
+        common = {"rngs": rngs, "precision": config.precision}
+        learned, vectors = {"init": kernel_init(config), **common}, {"init": vector_init(config), **common}
+        rows = OFFSET + (config.max_length or 0)
+        norm = partial(LayerNorm, config.width, epsilon=config.norm_epsilon, precision=config.precision)
+        self.embed = None if vocab_size is None else Embed(vocab_size, config.width, **vectors)
+        self.positions = LearnedPositions(rows, config.width, **learned) if config.positions == "learned" else None
+        self.embed_norm = norm() if config.embed_norm else None
+        self.final_norm = norm() if config.final_norm else None
+
+
+def vector_init(config: TransformerConfig) -> Initializer:
+    return normal(config.width**-0.5 if config.scaled else 0.02)
 
 
 class Transformer(EncoderDecoder):
-    """Sources [B, S] and tokens [B, T] to logits [B, T, V].
-
-    Raises SequenceError where a sequence, or a cache, is longer than config.max_length, if there is one.
-    """
+    """Sources [B, S] and tokens [B, T] to logits [B, T, V]."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
-        common = {"rngs": rngs, "precision": config.precision}
-        embed = partial(Embed, width=config.width, init=normal(config.init_stddev or config.width**-0.5), **common)
-        norm = partial(LayerNorm, config.width, precision=config.precision)
-        self.embed = embed(config.vocab_size)
-        self.source_embed = None if config.source_vocab_size is None else embed(config.source_vocab_size)
-        self.unembed = None if config.tied else embed(config.vocab_size)
-        rows = self.embed.table.shape[0]
-        bias = jnp.zeros(rows, jnp.dtype(config.precision.parameters))
-        self.logits_bias = nnx.Param(bias, axes=("vocab",), rows=config.vocab_size) if config.logits_bias else None
+        common = {"rngs": rngs, "precision": config.precision, "init": vector_init(config)}
+        self.embed = Embed(config.vocab_size, config.width, **common)
+        self.unembed = None if config.tied else Embed(config.vocab_size, config.width, **common)
+        self.words = WordBias(config, self.embed.table.shape[0]) if config.logits_bias else None
 
-        def stack(layers: int, heads: int, mlp_width: int, *, decoding: bool) -> Stack:
-            make = partial(transformer_block, config, heads, mlp_width, decoding=decoding)
-            return Stack(lambda rngs: make(rngs=rngs), layers, remat=config.remat, rngs=rngs)
+        def stack(*, decoding: bool) -> Stack:
+            make = partial(transformer_block, config, decoding=decoding)
+            return Stack(
+                lambda rngs: make(rngs=rngs), config.sizes(decoding=decoding)[0], remat=config.remat, rngs=rngs
+            )
 
-        def positions() -> LearnedPositions | None:
-            if config.positions != "learned" or config.max_length is None:
-                return None
-            return LearnedPositions(config.max_length + OFFSET, config.width, init=_init(config), **common)
-
-        self.encoder = stack(config.num_layers, config.num_heads, config.mlp_width, decoding=False)
-        self.decoder = stack(*config.decoder_sizes, decoding=True)
-        self.encoder_positions, self.decoder_positions = positions(), positions()
-        self.encoder_embed_norm, self.decoder_embed_norm = (norm() if config.embed_norm else None for _ in range(2))
-        self.encoder_norm, self.decoder_norm = (norm() if config.final_norm else None for _ in range(2))
+        self.source, self.encoder = Side(config, config.source_vocab_size, rngs=rngs), stack(decoding=False)
+        self.target, self.decoder = Side(config, None, rngs=rngs), stack(decoding=True)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
-        config = self.config
-        embed = self.embed if decoding or self.source_embed is None else self.source_embed
-        learned, norm = (
-            (self.decoder_positions, self.decoder_embed_norm)
-            if decoding
-            else (self.encoder_positions, self.encoder_embed_norm)
-        )
-        x = embed(tokens, pad=config.special_tokens.pad).astype(jnp.float32)
-        x = x * math.sqrt(config.width) if config.scaled else x
-        if learned is not None:
-            x = x + learned(positions + OFFSET)
+        config, side = self.config, self.target if decoding else self.source
+        x = (side.embed or self.embed)(tokens, pad=config.special_tokens.pad)
+        if config.scaled:
+            x = x * config.width**0.5
+        if side.positions is not None:
+            x = x + side.positions(positions + OFFSET)
         else:
-            waves = sinusoids(positions, config.width)
-            halved = config.positions == "halved_sinusoids"
-            x = x + (jnp.concatenate([waves[..., 0::2], waves[..., 1::2]], -1) if halved else waves)
-        x = x.astype(config.precision.compute)
-        return dropout(x if norm is None else norm(x), config.dropout, key)
+            x = x + sinusoids(positions, config.width, halves=config.positions == "halves").astype(x.dtype)
+        x = x if side.embed_norm is None else side.embed_norm(x)
+        return dropout(x, config.dropout, key)
 
     def ended(self, x: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
-        norm = self.decoder_norm if decoding else self.encoder_norm
-        return x if norm is None else norm(x)
+        final_norm = (self.target if decoding else self.source).final_norm
+        return x if final_norm is None else final_norm(x)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
         logits = super().logits(hidden)
-        bias = self._bias()
-        return logits if bias is None else constrain(logits + bias, *(None,) * (logits.ndim - 1), "act_vocab")
+        if self.words is None:
+            return logits
+        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
+        return constrain(logits + self.words.bias[...], *leading, "act_vocab")
 
     def head(self) -> Head:
-        return super().head()._replace(bias=self._bias())
-
-    def _bias(self) -> jax.Array | None:
-        """[V padded]. Marian's and BART's is a constant of the published modules."""
-        if self.logits_bias is None:
-            return None
-        return jax.lax.stop_gradient(self.logits_bias[...]) if self.config.tied else self.logits_bias[...]
+        """What `logits` scores with: a table [D, V padded], the embedding's own where tied, and a bias."""
+        return super().head()._replace(bias=None if self.words is None else self.words.bias[...])
 
 
-def _attention(name: str, module: str) -> tuple[Weight, ...]:
-    into = [
-        weight
-        for part in ("query", "key", "value")
-        for weight in linear(f"{name}.{part[0]}_proj", f"{module}.{part}", "(n h) d -> d n h", "(n h) -> n h")
-    ]
-    return (*into, *linear(f"{name}.out_proj", f"{module}.out", "d (n h) -> n h d", "d -> d"))
+def _layout(config: TransformerConfig) -> Layout:
+    """The names of Marian's and BART's tensors; the bare BART's leave out that they are of a `model`."""
+    prefix = "model." if config.logits_bias else ""
 
+    def attention(name: str, module: str) -> tuple[Weight, ...]:
+        into = [
+            linear(f"{name}.{short}_proj", f"{module}.{part}", "(n h) d -> d n h", "(n h) -> n h")
+            for short, part in (("k", "key"), ("v", "value"), ("q", "query"))
+        ]
+        out = linear(f"{name}.out_proj", f"{module}.out", "d (n h) -> n h d", "d -> d")
+        return (*(weight for one in into for weight in one), *out)
 
-def _stack(name: str, *, bart: bool) -> tuple[Weight, ...]:
-    layer, block = f"model.{name}.layers.{{}}", f"{name}.blocks.*"
-    before = (
-        Weight(f"model.{name}.embed_positions.weight", (f"{name}_positions.table",), "t d -> t d"),
-        *norm(f"model.{name}.layernorm_embedding", f"{name}_embed_norm"),
-    )
-    across = (
-        *_attention(f"{layer}.encoder_attn", f"{block}.cross_attention"),
-        *norm(f"{layer}.encoder_attn_layer_norm", f"{block}.cross_norm"),
-    )
-    return (
-        *(before if bart else ()),
-        *_attention(f"{layer}.self_attn", f"{block}.attention"),
-        *norm(f"{layer}.self_attn_layer_norm", f"{block}.attention_norm"),
-        *(across if name == "decoder" else ()),
-        *linear(f"{layer}.fc1", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
-        *linear(f"{layer}.fc2", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
-        *norm(f"{layer}.final_layer_norm", f"{block}.feedforward_norm"),
-    )
+    def stack(name: str, side: str) -> tuple[Weight, ...]:
+        layer, block, weights = f"{prefix}{name}.layers.{{}}", f"{name}.blocks.*", ()
+        if config.positions == "learned":
+            table = f"{prefix}{name}.embed_positions.weight"
+            weights += (Weight(table, (f"{side}.positions.table",), "t d -> t d"),)
+        if config.embed_norm:
+            weights += norm(f"{prefix}{name}.layernorm_embedding", f"{side}.embed_norm")
+        if name == "decoder":
+            weights += attention(f"{layer}.encoder_attn", f"{block}.cross_attention")
+            weights += norm(f"{layer}.encoder_attn_layer_norm", f"{block}.cross_norm")
+        return (
+            *weights,
+            *attention(f"{layer}.self_attn", f"{block}.attention"),
+            *norm(f"{layer}.self_attn_layer_norm", f"{block}.attention_norm"),
+            *linear(f"{layer}.fc1", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
+            *linear(f"{layer}.fc2", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
+            *norm(f"{layer}.final_layer_norm", f"{block}.feedforward_norm"),
+        )
 
-
-def _layout(kind: str) -> Layout:
-    weights = (
-        Weight("model.shared.weight", ("embed.table",), "v d -> v d"),
-        *_stack("encoder", bart=kind == "bart"),
-        *_stack("decoder", bart=kind == "bart"),
-        Weight("final_logits_bias", ("logits_bias",), "1 v -> v"),
-    )
-    copies = ("model.encoder.embed_tokens.weight", "model.decoder.embed_tokens.weight", "lm_head.weight")
-    sines = (r"model\.(encoder|decoder)\.embed_positions\.weight",) if kind == "marian" else ()
-    return Layout(weights, tied=dict.fromkeys(copies, "model.shared.weight"), ignored=sines)
+    shared = f"{prefix}shared.weight"
+    weights = (Weight(shared, ("embed.table",), "v d -> v d"), *stack("encoder", "source"), *stack("decoder", "target"))
+    if config.logits_bias:
+        weights += (Weight("final_logits_bias", ("words.bias",), "1 v -> v"),)
+    copies = (f"{prefix}encoder.embed_tokens.weight", f"{prefix}decoder.embed_tokens.weight", "lm_head.weight")
+    constants = r"(encoder|decoder)\.version"
+    if config.positions != "learned":
+        constants += r"|(encoder|decoder)\.embed_positions\.weight"
+    return Layout(weights, prefix, tied=dict.fromkeys(copies, shared), ignored=(rf"(model\.)?({constants})",))
 
 
 _BIG = TransformerConfig(width=1024, num_heads=16, mlp_width=4096, dropout=0.3)
@@ -360,25 +407,28 @@ _BART = TransformerConfig(
     positions="learned",
     scaled=False,
     embed_norm=True,
+    attention_bias=True,
     logits_bias=True,
     activation="gelu",
-    init_stddev=0.02,
-    special_tokens=SpecialTokens(bos=0, eos=(2,), pad=1, start=2, last=2),
-)
-_MARIAN = TransformerConfig(
-    vocab_size=58101,
-    max_length=512,
-    positions="halved_sinusoids",
-    logits_bias=True,
-    activation="silu",
-    init_stddev=0.02,
-    special_tokens=SpecialTokens(eos=(0,), pad=58100, start=58100, last=0, banned=(58100,)),
+    norm_epsilon=1e-5,
+    model_type="bart",
+    special_tokens=SpecialTokens(bos=0, eos=(2,), pad=1, start=2, first=0, last=2),
 )
 
 PRESETS = {
     "transformer-base": TransformerConfig(),
     "transformer-big": _BIG,
+    "opus-mt-en-de": TransformerConfig(
+        vocab_size=58101,
+        max_length=512,
+        positions="halves",
+        attention_bias=True,
+        logits_bias=True,
+        activation="silu",
+        norm_epsilon=1e-5,
+        model_type="marian",
+        special_tokens=SpecialTokens(eos=(0,), pad=58100, start=58100, last=0, banned=(58100,)),
+    ),
     "bart-base": _BART,
     "bart-large": dataclasses.replace(_BART, num_layers=12, width=1024, num_heads=16, mlp_width=4096),
-    "opus-mt-en-de": _MARIAN,
 }

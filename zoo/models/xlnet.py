@@ -271,9 +271,9 @@ class Written:
         states = None if self.states is None else jnp.take(self.states, rows, axis=1)
         return Written(jnp.take(self.tokens, rows, axis=0), jnp.take(self.lengths, rows, axis=0), states)
 
-    def exchanged(self, rows: jax.Array) -> "Written":
-        """As `rows`, where each row is exchanged for one that continues the same prompt."""
-        return self.rows(rows)
+    def repeated(self, count: int) -> "Written":
+        """With `count` copies of each row, one after another."""
+        return self.rows(jnp.repeat(jnp.arange(len(self.lengths)), count))
 
 
 class XLNetFeatures(NamedTuple):
