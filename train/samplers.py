@@ -167,7 +167,7 @@ class TargetSampler:
         rows = np.flatnonzero(batch["weights"].any(axis=1))
         real = batch.get("source_segments", np.ones_like(batch["sources"])) > 0
         sources = [batch["sources"][row][real[row]].tolist() for row in rows]
-        made = generate(model, sources=sources, max_new_tokens=batch["targets"].shape[1])
+        made = generate(model, sources=sources, max_new_tokens=batch["targets"].shape[1] - 1)
         shown = []
         for row, source, written in zip(rows, sources, made.tokens, strict=True):
             for name, tokens in {"source": source, "made": written, "target": batch["targets"][row]}.items():
