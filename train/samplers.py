@@ -1,6 +1,6 @@
 """Samplers: what a trained model shows at the end of a run, and again with `zoo sample`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -36,12 +36,12 @@ class TextSampler:
     top_p: float | None = None
 
     def check(self, model: Any, data: Any) -> None:
-        """`model`: a config with `vocab_size` and `max_length`. Raises UserError or GenerationError."""
+        """`model`: a config with `vocab_size` and `max_length`, or None. Raises UserError or GenerationError."""
         if min(self.samples, self.tokens) < 1:
             raise UserError(f"{self.samples} samples of {self.tokens} tokens are none: choose both from 1")
         Sampling(self.temperature, self.top_k, self.top_p).check(model.vocab_size)
         length = len(self._tokens(data.load_tokenizer()))
-        if length >= model.max_length:
+        if model.max_length is not None and length >= model.max_length:
             raise UserError(
                 f"a prompt of {length} tokens leaves no room in the model's {model.max_length} positions: shorten it"
             )
@@ -52,14 +52,14 @@ class TextSampler:
         """The texts, prompts included, parted by lines of dashes. A single one is also emitted while it is made."""
         self.check(model.config, data)
         tokenizer = data.load_tokenizer()
-        prompt = self._tokens(tokenizer)
+        prompt, limit = self._tokens(tokenizer), model.config.max_length
         stream = TextStream(tokenizer.decode, emit) if emit is not None and self.samples == 1 else None
         if emit is not None and self.prompt and stream is not None:
             emit(self.prompt)
         made = generate(
             model,
             [prompt] * self.samples,
-            max_new_tokens=max(1, min(self.tokens, model.config.max_length - len(prompt))),
+            max_new_tokens=self.tokens if limit is None else max(1, min(self.tokens, limit - len(prompt))),
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -142,10 +142,45 @@ class MaskSampler:
         return "\n".join(shown).rstrip()
 
 
-def readable(tokens: np.ndarray, tokenizer: Any, vocabulary: Vocabulary) -> str:
-    """A line of text: _ for each mask, | for other special tokens, nothing for padding."""
+@dataclass(frozen=True)
+class TargetSampler:
+    """Held-out sources, and what a model of sequences to sequences makes of them, token by token, beside their targets.
+
+    rows: how many.  columns: characters of each that are shown.
+    """
+
+    rows: int = 3
+    columns: int = 100
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raises UserError."""
+        if min(self.rows, self.columns) < 1:
+            raise UserError(f"{self.rows} rows of {self.columns} characters show nothing: choose both from 1")
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Three lines a row. Masks and sentinels are _, and what begins, ends or parts texts is |."""
+        self.check(model.config, data)
+        dataset, tokenizer = data.open("validation", batch_size=self.rows, seed=0), data.load_tokenizer()
+        batch = dataset.batch(0, range(self.rows))
+        rows = np.flatnonzero(batch["weights"].any(axis=1))
+        real = batch.get("source_segments", np.ones_like(batch["sources"])) > 0
+        sources = [batch["sources"][row][real[row]].tolist() for row in rows]
+        made = generate(model, sources=sources, max_new_tokens=batch["targets"].shape[1] - 1)
+        shown = []
+        for row, source, written in zip(rows, sources, made.tokens, strict=True):
+            for name, tokens in {"source": source, "made": written, "target": batch["targets"][row]}.items():
+                shown.append(f"{name:<8}{readable(tokens, tokenizer, dataset.vocabulary)[: self.columns]}")
+            shown.append("")
+        return "\n".join(shown).rstrip()
+
+
+def readable(tokens: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: Vocabulary) -> str:
+    """A line of text: _ for each mask or sentinel, | for other special tokens, nothing for padding."""
     roles = vocabulary.roles
-    signs = {roles.get("mask"): "_", roles.get("pad"): ""}
+    signs = {roles.get("pad"): ""}
+    signs |= {token: "_" for role, token in roles.items() if role == "mask" or role.startswith("sentinel")}
     special, pieces, run = vocabulary.is_special(), [], []
     for token in [*map(int, tokens), vocabulary.end_of_text]:
         if not special[token]:

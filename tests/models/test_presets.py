@@ -31,6 +31,13 @@ def test_only_parameters_are_arrays_and_each_names_its_axes(name, abstract) -> N
         assert set(axes) <= set(sharding.RULES) | {None}, f"{path}: {axes}"
 
 
+@pytest.mark.parametrize("name", {type(config): name for name, config in PRESETS.items()}.values())
+def test_two_models_of_one_config_have_one_structure(name, abstract) -> None:
+    """What is made for one serves the other: shardings, moments, checkpoints."""
+    again = jax.eval_shape(lambda: PRESETS[name].build(nnx.Rngs(1)))
+    assert jax.tree.structure(again) == jax.tree.structure(abstract[name])
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_decay_spares_vectors_alone(name, abstract) -> None:
     for path, leaf in variables(abstract[name]):

@@ -123,7 +123,7 @@ def test_masked_words_of_a_text_known_by_heart(pairs: tuple[Batch, Vocabulary], 
     """Where what is predicted was never masked in training, a model learns to copy, and fills no masks."""
     batch, words = pairs
     shares = {"kept": 1.0, "replaced": 0.0} if ablated else {}
-    model = trained(MaskedLM(), bert(words), lambda step: masked(batch, words, step, **shares))
+    model = trained(MaskedLM(), bert(words), lambda step: masked(batch, words, step, **shares), 130)
     hidden = masked(batch, words, 10_000, kept=0.0, replaced=0.0)
     found = figures(MaskedLM(), model, hidden)
     if ablated:

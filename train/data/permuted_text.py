@@ -30,7 +30,7 @@ def predicted_spans(starts: np.ndarray, count: int, context: int, longest: int, 
     predicted = np.zeros(length, bool)
     shares = np.cumsum(1 / np.arange(1, longest + 1))
     words = np.flatnonzero(starts)
-    here, done, left = 0, 0, iter(draws[: 2 * (length // 2)].reshape(-1, 2))
+    here, done, left = 0, 0, iter(draws[: 2 * -(-length // 2)].reshape(-1, 2))
     while here < length and done < count:
         size, place = next(left)
         size = min(1 + int(np.searchsorted(shares, size * shares[-1], side="right")), count - done)
