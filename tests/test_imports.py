@@ -23,6 +23,8 @@ ORDER = (
         "zoo.pretrained",
         "zoo.published_folder",
         "zoo.flax_checkpoints",
+        "zoo.tokenizers",
+        "zoo.sentencepieces",
     },
     {"zoo.train"},
     {"zoo.cli", "zoo.commands", "zoo.__main__"},
