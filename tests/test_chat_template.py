@@ -71,8 +71,9 @@ def test_the_text_of_a_llama_template(tmp_path) -> None:
 
 def test_the_text_of_a_chat_ml_template(tmp_path) -> None:
     found = zoo.tokenizer(folder(tmp_path, LLAMA, chat_template=CHAT_ML))  # the file wins
-    first = "<|im_start|>system\n Be <brief> & kind. <|im_end|>\n"
-    assert found.chat_text(MESSAGES) == first + "<|im_start|>user\nhéllo\n  there <|im_end|>\n2FalseTrue"
+    first = "<|im_start|>system\n Be <brief> & kind. <|im_end|>\n\n"
+    second = "<|im_start|>user\nhéllo\n  there <|im_end|>\n\n"
+    assert found.chat_text(MESSAGES) == first + second + "2FalseTrue"
 
 
 def test_templates_by_purpose_and_what_they_read(tmp_path) -> None:
