@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_DTYPES = FLOATS | {
@@ -46,8 +47,11 @@ class PretrainedError(ValueError):
     """A published checkpoint that cannot be read or written; the message names the file or tensor and the mend."""
 
 
-def find(source: str | os.PathLike) -> Path:
-    """The folder of a model: the one named, or the cached copy of a hub model, downloaded where it is not there."""
+def find(source: str | os.PathLike, files: Sequence[str] = FILES) -> Path:
+    """The folder of a model: the one named, or the cached copy of a hub model, downloaded where it is not there.
+
+    files: patterns of the names that are downloaded.
+    """
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -56,8 +60,7 @@ def find(source: str | os.PathLike) -> Path:
     import huggingface_hub  # Only for what is not here.
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=patterns, ignore_patterns="*/*"))
+        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files), ignore_patterns="*/*"))
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None

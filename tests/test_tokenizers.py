@@ -1,0 +1,241 @@
+"""Tokenizers of published folders. The ids expected here are those of transformers 5.23."""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import pre_tokenizers
+
+import zoo
+from zoo.published_folder import PretrainedError
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "fox", "##es", "cafe", "café", "The", ",", "中", "'", "s"]
+MERGES = ["t h", "th e", "Ġ the", "Ġ f", "o x", "Ġf ox"]
+SENTENCES = ["the quick brown fox jumps over the lazy dog", "dogs and foxes run away from 123 other dogs", "hello"] * 40
+
+
+def write(folder: Path, **files: Any) -> Path:
+    """A folder with files by their names, in which __ stands for a dot."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        path = folder / name.replace("__", ".")
+        path.write_bytes(content) if isinstance(content, bytes) else path.write_text(
+            content if isinstance(content, str) else json.dumps(content)
+        )
+    return folder
+
+
+def byte_pair_files(special: Sequence[str]) -> dict[str, Any]:
+    """vocab.json and merges.txt with six merges."""
+    tokens = [*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *(merge.replace(" ", "") for merge in MERGES)]
+    merges = "\n".join(["#version: 0.2", *MERGES, ""])
+    return {"vocab__json": {token: i for i, token in enumerate(tokens)}, "merges__txt": merges}
+
+
+def train(**options: Any) -> bytes:
+    from sentencepiece import SentencePieceTrainer
+
+    made = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=made, hard_vocab_limit=False, minloglevel=2, **options
+    )
+    return made.getvalue()
+
+
+@pytest.fixture(scope="module")
+def t5_model() -> bytes:
+    return train(model_type="unigram", vocab_size=60, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+
+
+@pytest.fixture(scope="module")
+def llama_model() -> bytes:
+    plain = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    return train(model_type="bpe", vocab_size=340, byte_fallback=True, unk_id=0, bos_id=1, eos_id=2, **plain)
+
+
+def test_word_pieces(tmp_path) -> None:
+    folder = write(tmp_path, vocab__txt="\n".join(WORDS) + "\n", config__json={"model_type": "bert"})
+    found = zoo.tokenizer(folder)
+    texts = ["The foxes, CAFÉ", "the[MASK]fox's 中中", "", " dog"]
+    assert found.encode(texts) == [
+        [2, 5, 6, 7, 11, 8, 3],
+        [2, 5, 4, 6, 13, 14, 12, 12, 3],
+        [2, 3],
+        [2, 1, 3],
+    ]
+    assert found.encode(["the fox"], special=False) == [[5, 6]]
+    assert found.decode([2, 5, 6, 7, 11, 3]) == "the foxes,"
+    assert found.decode([2, 5, 3], special=True) == "[CLS] the [SEP]"
+    assert (found.vocab_size, found.special_ids["mask_token"]) == (15, 4)
+
+
+def test_word_pieces_by_their_configuration(tmp_path) -> None:
+    added = {"15": {"content": "foxy", "single_word": True}, "16": {"content": "[E]", "lstrip": True, "special": True}}
+    told = {"do_lower_case": False, "clean_up_tokenization_spaces": True, "added_tokens_decoder": added}
+    folder = write(
+        tmp_path, vocab__txt="\n".join(WORDS), tokenizer_config__json={"tokenizer_class": "BertTokenizerFast", **told}
+    )
+    found = zoo.tokenizer(folder)
+    assert found.encode(["The café foxy [E]the"]) == [[2, 10, 9, 15, 16, 5, 3]]
+    assert found.encode(["foxyfox"], special=False) == [[1]]
+    assert found.decode([2, 10, 6, 7, 11, 3]) == "The foxes,"
+    assert found.vocab_size == 17
+
+
+@pytest.mark.parametrize(
+    ("kind", "special", "ids"),
+    [
+        ("gpt2", ["<|endoftext|>"], [[258, 262, 259, 0], [128, 103, 199, 199, 258], []]),
+        ("qwen2", ["<|endoftext|>"], [[258, 262, 259, 0], [128, 103, 199, 199, 258], []]),
+        (
+            "roberta",
+            ["<s>", "</s>", "<unk>", "<|endoftext|>", "<mask>"],
+            [[0, 262, 266, 263, 3, 1], [0, 132, 107, 203, 203, 262, 1], [0, 1]],
+        ),
+    ],
+)
+def test_byte_pairs(tmp_path, kind: str, special: list[str], ids: list[list[int]]) -> None:
+    found = zoo.tokenizer(write(tmp_path, **byte_pair_files(special), config__json={"model_type": kind}))
+    if kind == "roberta":
+        found.library.add_special_tokens(["<|endoftext|>"])
+    texts = ["the fox the<|endoftext|>", "é\n\nthe", ""]
+    assert found.encode(texts) == ids
+    assert [found.decode(row) for row in ids] == ["the fox the", "é\n\nthe", ""]
+
+
+def test_byte_pairs_by_their_configuration(tmp_path) -> None:
+    told = {"add_prefix_space": True, "add_bos_token": True, "pad_token": "[PAD]"}
+    config = {"tokenizer_class": "GPT2Tokenizer", **told}
+    found = zoo.tokenizer(write(tmp_path, **byte_pair_files(["<|endoftext|>"]), tokenizer_config__json=config))
+    assert found.encode(["the fox the<|endoftext|>"]) == [[0, 259, 262, 259, 0]]
+    assert found.encode(["the"], special=False) == [[259]]
+    assert found.special_ids == {"unk_token": 0, "bos_token": 0, "eos_token": 0, "pad_token": 263}
+    assert found.vocab_size == 264
+
+
+def test_tokens_of_transformers_3_are_added(tmp_path) -> None:
+    files = byte_pair_files(["<|endoftext|>"])
+    legacy = {"special_tokens_map__json": {"pad_token": {"content": "<pad>"}}}
+    found = zoo.tokenizer(write(tmp_path, **files, **legacy, added_tokens__json={"abc": 264, "<pad>": 263}))
+    assert found.encode(["the abc<pad>"]) == [[258, 221, 264, 263]]
+    assert found.decode([258, 221, 264, 263]) == "the abc"
+
+
+def test_tokenizer_json_says_what_stands_around_a_text(tmp_path) -> None:
+    made = zoo.tokenizer(write(tmp_path / "a", vocab__txt="\n".join(WORDS), config__json={"model_type": "bert"}))
+    made.library.enable_truncation(3)
+    made.library.enable_padding(length=20)
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": ["<new>"], "add_bos_token": True}
+    written = write(tmp_path / "b", tokenizer__json=made.library.to_str(), tokenizer_config__json=told)
+    found = zoo.tokenizer(written)
+    assert found.encode(["The foxes, CAFÉ<new>"]) == [[2, 5, 6, 7, 11, 8, 15, 3]]
+    (written / "tokenizer_config.json").write_text(json.dumps(told | {"do_lower_case": False, "strip_accents": False}))
+    assert zoo.tokenizer(written).encode(["The café"]) == [[2, 10, 9, 3]]
+
+
+def test_sentence_pieces_of_t5(tmp_path, t5_model: bytes) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_proto=t5_model)
+    size = model.get_piece_size()
+    found = zoo.tokenizer(write(tmp_path, spiece__model=t5_model, config__json={"model_type": "t5"}))
+    expected = [*model.encode("the foxes"), size + 99, *model.encode("dog"), size, 1]
+    assert found.encode(["the foxes <extra_id_0> dog<extra_id_99>", ""]) == [expected, [1]]
+    assert found.encode(["hello  中"], special=False) == [[*model.encode("hello"), *model.encode("中")]]
+    assert found.decode(expected) == "the foxes dog"
+    assert found.decode(expected, special=True) == "the foxes<extra_id_0> dog<extra_id_99></s>"
+    assert found.vocab_size == size + 100 and found.special_ids == {"eos_token": 1, "unk_token": 2, "pad_token": 0}
+
+
+def test_sentence_pieces_of_llama(tmp_path, llama_model: bytes) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_proto=llama_model)
+    files = {"tokenizer__model": llama_model, "tokenizer_config__json": {"tokenizer_class": "LlamaTokenizer"}}
+    found = zoo.tokenizer(write(tmp_path, **files))
+    ids = found.encode(["the fox</s>the é\n"])[0]
+    pieces = [model.id_to_piece(i) for i in ids]
+    assert pieces[:2] == ["<s>", "▁the"] and pieces[pieces.index("</s>") + 1] == "the"  # no blank after a token
+    assert pieces[-3:] == ["<0xC3>", "<0xA9>", "<0x0A>"]
+    assert found.decode(ids) == "the foxthe é\n" and found.decode(ids, special=True) == "<s> the fox</s>the é\n"
+    assert found.encode(["  the"], special=False)[0] == model.encode("  the")
+    legacy = files["tokenizer_config__json"] | {"legacy": True, "add_bos_token": False, "add_eos_token": True}
+    found = zoo.tokenizer(write(tmp_path, tokenizer_config__json=legacy))
+    assert found.encode(["</s>the"]) == [[2, model.piece_to_id("▁the"), 2]]
+
+
+def test_sentence_pieces_of_marian(tmp_path, t5_model: bytes) -> None:
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_proto=t5_model)
+    pieces = model.encode("the dogs", out_type=str)
+    tokens = ["</s>", "<unk>", ">>fra<<", "<pad>", *sorted({*pieces})]
+    ids = {token: i for i, token in enumerate(tokens)}
+    found = zoo.tokenizer(write(tmp_path, source__spm=t5_model, vocab__json=ids, config__json={"model_type": "marian"}))
+    expected = [ids[piece] for piece in pieces]
+    assert found.encode([">>fra<< the dogs", ">>deu<<the dogs"]) == [[2, *expected, 0], [1, *expected, 0]]
+    assert found.decode([2, *expected, 0]) == ">>fra<< the dogs"
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ({}, "has no tokenizer: none of tokenizer.json, vocab.txt"),
+        ({"tokenizer__json": {"model": {}}}, "tokenizer.json is no tokenizer ("),
+        ({"tokenizer__json": "{"}, "tokenizer.json is no JSON"),
+        ({"vocab__txt": "a\nb\n"}, "has no [CLS]: name the special tokens in tokenizer_config.json"),
+        (
+            {"vocab__txt": "a", "config__json": {"model_type": "gpt2"}},
+            "is of GPT2Tokenizer, and such a file is read of",
+        ),
+        ({"vocab__json": {"a": 0, "b": 0}, "merges__txt": ""}, "does not give each token an id of its own"),
+        ({"vocab__json": {"a": 0}, "merges__txt": "a b\n"}, "vocab.json and merges.txt do not fit"),
+        ({"spiece__model": b"junk", "config__json": {"model_type": "t5"}}, "is no sentencepiece model"),
+        ({"spiece__model": b""}, "is of a class that no tokenizer_config.json names"),
+        (
+            {"spiece__model": b"", "tokenizer_config__json": {"tokenizer_class": "XLNetTokenizer"}},
+            "is of XLNetTokenizer, and sentencepiece models are read of T5Tokenizer and LlamaTokenizer",
+        ),
+        (
+            {"vocab__txt": "\n".join(WORDS), "tokenizer_config__json": {"do_lower_case": "yes"}},
+            "do_lower_case 'yes' of tokenizer_config.json is neither true nor false",
+        ),
+        (
+            {
+                "vocab__txt": "\n".join(WORDS),
+                "tokenizer_config__json": {"added_tokens_decoder": {"90": {"content": "x"}}},
+            },
+            "'x' is 90 by tokenizer_config.json and 15 by the vocabulary",
+        ),
+        (
+            {"vocab__txt": "\n".join(WORDS), "tokenizer_config__json": {"cls_token": 3}},
+            "3 is no special token: tokenizer_config.json names them as text",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused(tmp_path, files: dict[str, Any], words: str) -> None:
+    with pytest.raises(PretrainedError) as error:
+        zoo.tokenizer(write(tmp_path, **files))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_pieces_that_contradict_the_configuration_are_refused(tmp_path, t5_model: bytes) -> None:
+    for added in (
+        {"5": {"content": "x"}},
+        {"200": {"content": "</s>"}},
+        {"200": {"content": "x", "single_word": True}},
+    ):
+        told = {"tokenizer_class": "T5Tokenizer", "added_tokens_decoder": added}
+        with pytest.raises(PretrainedError, match=r"sentencepiece model says|single_word, which is not read"):
+            zoo.tokenizer(write(tmp_path, spiece__model=t5_model, tokenizer_config__json=told))
+
+
+def test_wrong_inputs_are_told(tmp_path) -> None:
+    found = zoo.tokenizer(write(tmp_path, vocab__txt="\n".join(WORDS)))
+    with pytest.raises(PretrainedError, match=r"takes a list of texts, and got 'the'"):
+        found.encode("the")
+    with pytest.raises(PretrainedError, match=r"15 is no token: ids of this tokenizer are 0 to 14"):
+        found.decode([5, 15])

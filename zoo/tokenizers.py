@@ -1,0 +1,385 @@
+"""Tokenizers of published folders: what a model's tokenizer.json, or the files older than it, make of text.
+
+tokenizer.json, vocab.txt (BERT's WordPiece) and vocab.json with merges.txt (byte-level BPE: GPT-2, RoBERTa, BART,
+Qwen 2) go through the library `tokenizers`; zoo.sentencepieces has the models of sentencepiece: T5, Llama, Marian.
+tokenizer_config.json says which class it is and which tokens are special; none of a folder's code is ever run.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo.published_folder import PretrainedError, find, read_json
+
+FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+DEFAULTS: dict[str, dict[str, str]] = {
+    "BertTokenizer": {
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    },
+    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
+    "RobertaTokenizer": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "sep_token": "</s>",
+        "cls_token": "<s>",
+        "unk_token": "<unk>",
+        "pad_token": "<pad>",
+        "mask_token": "<mask>",
+    },
+    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
+    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "MarianTokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
+}
+"""Special tokens of the classes whose older files are read, where tokenizer_config.json does not name them."""
+
+SAME_CLASS = {
+    "DistilBertTokenizer": "BertTokenizer",
+    "ElectraTokenizer": "BertTokenizer",
+    "BartTokenizer": "RobertaTokenizer",
+}
+CLASS_OF_MODEL = {
+    "bart": "RobertaTokenizer",
+    "bert": "BertTokenizer",
+    "gpt2": "GPT2Tokenizer",
+    "llama": "LlamaTokenizer",
+    "marian": "MarianTokenizer",
+    "mistral": "LlamaTokenizer",
+    "mt5": "T5Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+    "roberta": "RobertaTokenizer",
+    "t5": "T5Tokenizer",
+}
+FLAGGED = ("GPT2Tokenizer", "Qwen2Tokenizer")
+"""Classes whose older files leave it to add_bos_token and add_eos_token what stands around a text."""
+
+QWEN2_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
+"""What clean_up_tokenization_spaces writes without its blanks, in this order."""
+
+
+class Settings:
+    """What the JSON files of a folder say of its tokenizer. Those of its tokenizer_config.json win."""
+
+    def __init__(self, folder: Path):
+        config = folder / "tokenizer_config.json"
+        self.folder, self.fields = folder, read_json(config) if config.exists() else {}
+        legacy = folder / "special_tokens_map.json"
+        if "added_tokens_decoder" not in self.fields and legacy.exists():
+            self.fields = self.fields | read_json(legacy)
+        name = self.fields.get("tokenizer_class")
+        if name is None and (folder / "config.json").exists():
+            name = CLASS_OF_MODEL.get(str(read_json(folder / "config.json").get("model_type")))
+        name = None if name is None else str(name).removesuffix("Fast")
+        self.kind = SAME_CLASS.get(name, name) if name else None
+
+    def named(self) -> dict[str, str]:
+        """The text of each special token that has a role, by the role; defaults of the class included."""
+        given = {role: content(self.fields[role]) for role in NAMED if role in self.fields}
+        found = DEFAULTS.get(self.kind or "", {}) | given
+        return {role: token for role, token in found.items() if token is not None}
+
+    def added(self) -> dict[int, dict[str, Any]]:
+        """Tokens beyond the vocabulary, and those of it that are matched whole, by id, with their properties."""
+        told = self.fields.get("added_tokens_decoder")
+        if told is None:
+            path = self.folder / "added_tokens.json"
+            ids = read_json(path) if path.exists() else {}
+            special = {*self.named().values(), *self.extra()}
+            told = {i: {"content": token, "special": token in special} for token, i in ids.items()}
+        try:
+            return {int(i): {**told[i], "content": str(told[i]["content"])} for i in sorted(told, key=int)}
+        except (TypeError, KeyError, ValueError, AttributeError):
+            raise PretrainedError(
+                f"{self.folder}: added_tokens_decoder is not ids with the properties of a token: fetch it again"
+            ) from None
+
+    def extra(self) -> list[str]:
+        """Special tokens without a role."""
+        extra = self.fields.get("extra_special_tokens") or self.fields.get("additional_special_tokens") or []
+        return [token for token in map(content, extra.values() if isinstance(extra, dict) else extra) if token]
+
+    def chat_template(self, purpose: str) -> tuple[str, str]:
+        """The name and text of the template for "tool_use", or "default", which stands in where there is none such."""
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return str(path), path.read_text(encoding="utf-8")
+        found = self.fields.get("chat_template")
+        if isinstance(found, list):
+            named = {fields.get("name"): fields.get("template") for fields in found if isinstance(fields, dict)}
+            found = named.get(purpose) or named.get("default")
+        if not isinstance(found, str):
+            raise PretrainedError(
+                f"{self.folder} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json: "
+                "write the text for the model yourself, and encode it"
+            )
+        return f"the chat template of {self.folder}", found
+
+    def flag(self, name: str, default: bool | None) -> Any:
+        value = self.fields.get(name)
+        if value is not None and not isinstance(value, bool):
+            raise PretrainedError(f"{self.folder}: {name} {value!r} of tokenizer_config.json is neither true nor false")
+        return default if value is None else value
+
+
+def content(token: Any) -> str | None:
+    """The text of a token that a JSON file names as text or as an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise PretrainedError(f"{token!r} is no special token: tokenizer_config.json names them as text")
+    return token
+
+
+class Tokenizer:
+    """Text to token ids and back.
+
+    special_tokens: text of each special token that has a role ("eos_token": "</s>"); special_ids: its id.
+    vocab_size: one above the largest id, added tokens included; a model may have more rows, for padding.
+    """
+
+    special_tokens: dict[str, str]
+    special_ids: dict[str, int]
+    vocab_size: int
+    settings: Settings
+    frame: tuple[list[int], list[int]] | None = None
+    """Ids before and after a text; None where the library adds them."""
+
+    def encode(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+        """Ids of each text, with the special tokens that the model expects around it unless `special` is False.
+
+        A text that spells a special token gives that token. Nothing is cut and nothing padded.
+        """
+        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+            raise PretrainedError(f"encode takes a list of texts, and got {texts!r:.60}: put the text into a list")
+        if self.frame is None:
+            return self.pieces(texts, special)
+        before, after = self.frame if special else ([], [])
+        return [[*before, *ids, *after] for ids in self.pieces(texts, False)]
+
+    def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
+        """The text of ids; special tokens are left out unless `special`."""
+        known = [int(i) for i in ids]
+        wrong = [i for i in known if not 0 <= i < self.vocab_size]
+        if wrong:
+            raise PretrainedError(f"{wrong[0]} is no token: ids of this tokenizer are 0 to {self.vocab_size - 1}")
+        return self.text(known, special)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of messages, each {"role": ..., "content": ...}, by the chat template of the folder.
+
+        tools: JSON schemas. add_generation_prompt: ends where the assistant is to go on. variables: what else the
+        template reads.
+        """
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return self.encode([self.chat_text(messages, **given)], special=False)[0]
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **variables: Any) -> str:
+        """What `chat` gives the ids of."""
+        from zoo.chat_template import render
+
+        if not messages or isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) for m in messages):
+            raise PretrainedError(f'{messages!r:.60} is no chat: give a list of {{"role": "user", "content": "..."}}')
+        name, template = self.settings.chat_template("tool_use" if tools else "default")
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": False}
+        return render(template, self.special_tokens | given | variables, name)
+
+    def pieces(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        raise NotImplementedError
+
+    def text(self, ids: list[int], special: bool) -> str:
+        raise NotImplementedError
+
+
+class FastTokenizer(Tokenizer):
+    """One that the library `tokenizers` runs."""
+
+    def __init__(self, library: Any, settings: Settings):
+        from tokenizers import AddedToken
+
+        self.settings, self.library = settings, library
+        library.no_truncation()
+        library.no_padding()
+        here = {token.content for token in library.get_added_tokens_decoder().values()}
+        named, extra = settings.named(), settings.extra()
+        for i, fields in settings.added().items():
+            if fields["content"] not in here:
+                properties = {k: v for k, v in fields.items() if k in ("lstrip", "rstrip", "normalized", "single_word")}
+                special = bool(fields.get("special")) or fields["content"] in named.values()
+                library.add_tokens([AddedToken(fields["content"], special=special, **properties)])
+            if library.token_to_id(fields["content"]) != i:
+                raise PretrainedError(
+                    f"{settings.folder}: {fields['content']!r} is {i} by tokenizer_config.json and "
+                    f"{library.token_to_id(fields['content'])} by the vocabulary: fetch both again"
+                )
+        wanted = [
+            token for role, token in named.items() if role in settings.fields or library.token_to_id(token) is not None
+        ]
+        library.add_special_tokens([token for token in dict.fromkeys([*wanted, *extra]) if token not in here])
+        ids = {role: library.token_to_id(token) for role, token in named.items()}
+        self.special_ids = {role: i for role, i in ids.items() if i is not None}
+        self.special_tokens = {role: named[role] for role in self.special_ids}
+        self.vocab_size = max(library.get_vocab().values(), default=-1) + 1
+        if settings.kind in FLAGGED and not (settings.folder / "tokenizer.json").exists():
+            self.frame = bos_and_eos(self, False)
+        # Of byte pairs it would take blanks that a text has.
+        is_bpe = type(library.model).__name__ == "BPE"
+        self.tidy = settings.flag("clean_up_tokenization_spaces", False) and not is_bpe
+
+    def pieces(self, texts: Sequence[str], special: bool) -> list[list[int]]:
+        return [found.ids for found in self.library.encode_batch_fast(list(texts), add_special_tokens=special)]
+
+    def text(self, ids: list[int], special: bool) -> str:
+        text = self.library.decode(ids, skip_special_tokens=not special)
+        for spaced in TIDIED if self.tidy else ():
+            text = text.replace(spaced, spaced.strip())
+        return text
+
+
+def tokenizer(source: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a folder, or of a hub id, of which the small files alone are downloaded.
+
+    Raises PretrainedError where there is none, or one that cannot be what it is published as.
+    """
+    from zoo.sentencepieces import MarianTokenizer, PieceTokenizer
+
+    folder = find(source, FILES)
+    settings = Settings(folder)
+    if (folder / "tokenizer.json").exists():
+        return FastTokenizer(from_json(folder / "tokenizer.json", settings), settings)
+    if (folder / "source.spm").exists():
+        return MarianTokenizer(settings)
+    for name in ("spiece.model", "tokenizer.model"):
+        if (folder / name).exists():
+            if settings.kind not in ("T5Tokenizer", "LlamaTokenizer"):
+                raise PretrainedError(
+                    f"{folder / name} is of {settings.kind or 'a class that no tokenizer_config.json names'}, and "
+                    "sentencepiece models are read of T5Tokenizer and LlamaTokenizer: fetch a tokenizer.json"
+                )
+            return PieceTokenizer(folder / name, settings)
+    if (folder / "vocab.txt").exists():
+        return FastTokenizer(word_pieces(folder / "vocab.txt", settings), settings)
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        return FastTokenizer(byte_pairs(folder, settings), settings)
+    raise PretrainedError(
+        f"{folder} has no tokenizer: none of tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model, "
+        "tokenizer.model, or source.spm with vocab.json"
+    )
+
+
+def from_json(path: Path, settings: Settings) -> Any:
+    """The library's tokenizer of a tokenizer.json; what tokenizer_config.json says of lower case wins."""
+    from tokenizers import Tokenizer as Library
+
+    fields = read_json(path)
+    normalizer = fields.get("normalizer")
+    if isinstance(normalizer, dict) and normalizer.get("type") == "BertNormalizer":
+        names = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
+        for name, own in (names | {"tokenize_chinese_chars": "handle_chinese_chars"}).items():
+            normalizer[own] = settings.flag(name, normalizer.get(own))
+    try:
+        return Library.from_str(json.dumps(fields))
+    except Exception as problem:  # the library raises plain Exception
+        raise PretrainedError(f"{path} is no tokenizer ({str(problem).splitlines()[0]}): fetch it again") from None
+
+
+def word_pieces(path: Path, settings: Settings) -> Any:
+    """BERT's: words and signs, then the longest pieces of each from the left."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+
+    settings.kind = expected(settings, ("BertTokenizer",), path)
+    ids = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
+    named = settings.named()
+    missing = [named[role] for role in ("cls_token", "sep_token", "unk_token") if named[role] not in ids]
+    if missing:
+        raise PretrainedError(f"{path} has no {missing[0]}: name the special tokens in tokenizer_config.json")
+    sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
+    made = Library(models.WordPiece(ids, unk_token=named["unk_token"]))
+    made.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
+        strip_accents=settings.flag("strip_accents", None),
+        lowercase=settings.flag("do_lower_case", True),
+    )
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    made.decoder = decoders.WordPiece(prefix="##")
+    made.post_processor = processors.BertProcessing(sep, cls)
+    return made
+
+
+def byte_pairs(folder: Path, settings: Settings) -> Any:
+    """Byte-level BPE, cut into words as GPT-2 does, or as Qwen 2."""
+    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
+
+    kinds = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
+    settings.kind = expected(settings, kinds, folder / "merges.txt")
+    ids = vocabulary(folder / "vocab.json")
+    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
+    parted = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    merges = [(left, right) for left, _, right in parted]
+    try:
+        made = Library(models.BPE(ids, merges))
+    except Exception as problem:  # the library raises plain Exception
+        raise PretrainedError(f"{folder}: vocab.json and merges.txt do not fit ({problem}): fetch both again") from None
+    blank = settings.flag("add_prefix_space", False)
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
+    made.decoder = decoders.ByteLevel()
+    if settings.kind == "Qwen2Tokenizer":
+        made.normalizer = normalizers.NFC()
+        words = pre_tokenizers.Split(Regex(QWEN2_WORDS), behavior="isolated")
+        bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=blank, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
+    if settings.kind == "RobertaTokenizer":
+        named = settings.named()
+        missing = [named[role] for role in ("cls_token", "sep_token") if named[role] not in ids]
+        if missing:
+            raise PretrainedError(f"{folder / 'vocab.json'} has no {missing[0]}, which stands around a text")
+        sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
+        made.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=blank)
+    return made
+
+
+def expected(settings: Settings, kinds: Sequence[str], path: Path) -> str:
+    """The class of a folder, the first of `kinds` where nothing names one; raises PretrainedError for any other."""
+    if (settings.kind or kinds[0]) not in kinds:
+        raise PretrainedError(
+            f"{path} is of {settings.kind}, and such a file is read of {', '.join(kinds)}: fetch a tokenizer.json"
+        )
+    return settings.kind or kinds[0]
+
+
+def vocabulary(path: Path) -> dict[str, int]:
+    ids = read_json(path)
+    if not ids or any(type(i) is not int or i < 0 for i in ids.values()) or len({*ids.values()}) < len(ids):
+        raise PretrainedError(f"{path} does not give each token an id of its own: fetch it again")
+    return ids
+
+
+def bos_and_eos(made: Tokenizer, bos: bool) -> tuple[list[int], list[int]]:
+    """Ids around a text by add_bos_token, `bos` unless it is given, and add_eos_token."""
+    frame = []
+    for role, default in (("bos_token", bos), ("eos_token", False)):
+        wanted = made.settings.flag(f"add_{role}", default)
+        if wanted and role not in made.special_ids:
+            raise PretrainedError(f"{made.settings.folder}: add_{role} is true and there is no {role}: name one")
+        frame.append([made.special_ids[role]] if wanted else [])
+    return frame[0], frame[1]
