@@ -23,6 +23,7 @@ ORDER = (
         "zoo.pretrained",
         "zoo.published_folder",
         "zoo.flax_checkpoints",
+        "zoo.chat_template",
         "zoo.tokenizers",
         "zoo.sentencepieces",
     },

@@ -7,7 +7,7 @@ tokenizer_config.json says which class it is and which tokens are special; none 
 
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,22 @@ class Settings:
         extra = self.fields.get("extra_special_tokens") or self.fields.get("additional_special_tokens") or []
         return [token for token in map(content, extra.values() if isinstance(extra, dict) else extra) if token]
 
+    def chat_template(self, purpose: str) -> tuple[str, str]:
+        """The name and text of the template for "tool_use", or "default", which stands in where there is none such."""
+        path = self.folder / "chat_template.jinja"
+        if path.exists():
+            return str(path), path.read_text(encoding="utf-8")
+        found = self.fields.get("chat_template")
+        if isinstance(found, list):
+            named = {fields.get("name"): fields.get("template") for fields in found if isinstance(fields, dict)}
+            found = named.get(purpose) or named.get("default")
+        if not isinstance(found, str):
+            raise PretrainedError(
+                f"{self.folder} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json: "
+                "write the text for the model yourself, and encode it"
+            )
+        return f"the chat template of {self.folder}", found
+
     def flag(self, name: str, default: bool | None) -> Any:
         value = self.fields.get(name)
         if value is not None and not isinstance(value, bool):
@@ -157,6 +173,32 @@ class Tokenizer:
         if wrong:
             raise PretrainedError(f"{wrong[0]} is no token: ids of this tokenizer are 0 to {self.vocab_size - 1}")
         return self.text(known, special)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of messages, each {"role": ..., "content": ...}, by the chat template of the folder.
+
+        tools: JSON schemas. add_generation_prompt: ends where the assistant is to go on. variables: what else the
+        template reads.
+        """
+        given = {"tools": tools, "add_generation_prompt": add_generation_prompt, **variables}
+        return self.encode([self.chat_text(messages, **given)], special=False)[0]
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, tools: Any = None, **variables: Any) -> str:
+        """What `chat` gives the ids of."""
+        from zoo.chat_template import render
+
+        if not messages or isinstance(messages, str | Mapping) or not all(isinstance(m, Mapping) for m in messages):
+            raise PretrainedError(f'{messages!r:.60} is no chat: give a list of {{"role": "user", "content": "..."}}')
+        name, template = self.settings.chat_template("tool_use" if tools else "default")
+        given = {"messages": messages, "tools": tools, "documents": None, "add_generation_prompt": False}
+        return render(template, self.special_tokens | given | variables, name)
 
     def pieces(self, texts: Sequence[str], special: bool) -> list[list[int]]:
         raise NotImplementedError

@@ -1,0 +1,105 @@
+"""Chat templates of published folders: Jinja text that turns messages into the text that a model was trained on.
+
+They come from whoever published the model, so they run in Jinja's sandbox, over plain JSON values: a template reads
+what it is given, changes none of it, and reaches no Python. It is not kept from taking long.
+"""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from zoo.published_folder import PretrainedError
+
+
+def render(template: str, variables: Mapping[str, Any], where: str) -> str:
+    """The text of a template. Raises PretrainedError, in one line that begins with `where`, for any that fails."""
+    import jinja2
+
+    given = {name: plain(value, name) for name, value in variables.items()}
+    try:
+        return compiled(template).render(given)
+    except jinja2.exceptions.SecurityError as problem:
+        raise PretrainedError(f"{where} does what no template may ({problem}): look at who wrote it") from None
+    except Exception as problem:  # whatever an expression of the template raises
+        reason = " ".join(f"{problem or type(problem).__name__}".split())
+        raise PretrainedError(f"{where} cannot be rendered ({reason}): look at the messages, or the template") from None
+
+
+def plain(value: Any, name: str) -> Any:
+    """A copy of a JSON value; raises PretrainedError for any other, whose methods a template could call."""
+    if value is None or type(value) in (str, int, float, bool):
+        return value
+    if isinstance(value, Mapping) and all(type(key) is str for key in value):
+        return {key: plain(item, f"{name}.{key}") for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{name}[{i}]") for i, item in enumerate(value)]
+    raise PretrainedError(f"{name} of a chat is a {type(value).__name__}: give text, numbers, lists and dicts alone")
+
+
+@functools.lru_cache(16)
+def compiled(template: str) -> Any:
+    return environment().from_string(template)
+
+
+@functools.lru_cache(1)
+def environment() -> Any:
+    """The environment that transformers gives a template, and one refusal more: reading what is unsafe is an error,
+    where Jinja alone would print nothing."""
+    import jinja2
+    import jinja2.ext
+    from jinja2 import nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, around what an assistant said, which only training asks about."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args: Any, **fields: Any):
+            self, *given = args
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*given, **fields).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"namespace with the name {name!r}")
+            super().__setitem__(name, value)
+
+    class Sandbox(ImmutableSandboxedEnvironment):
+        def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
+            raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
+
+    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made.filters["tojson"] = to_json
+    made.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+        "dict": lambda *given, **fields: dict(*given, **fields),
+        "namespace": Namespace,
+    }
+    return made
+
+
+def raise_exception(message: str) -> None:
+    import jinja2
+
+    raise jinja2.exceptions.TemplateError(message)
+
+
+def strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+def to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    """Jinja's own filter writes for HTML, with &, < and > escaped."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
