@@ -119,6 +119,11 @@ def load_model(folder: Path, default: Any) -> Any:
     return decode(_read(folder)["model"], type(default), default, str(folder / CONFIG))
 
 
+def load_data(folder: Path) -> dict[str, Any]:
+    """The fields of the DataInfo that a run was started with."""
+    return _read(folder)["data"]
+
+
 def _read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIG).read_text())

@@ -12,6 +12,7 @@ VERBS = {
     "train": "zoo.commands.train",
     "sample": "zoo.commands.sample",
     "eval": "zoo.commands.evaluate",
+    "export": "zoo.commands.export",
     "convert": "zoo.commands.convert",
     "eject": "zoo.commands.eject",
     "list": "zoo.commands.list",
@@ -24,6 +25,7 @@ usage: zoo VERB ...
   zoo train RECIPE [flags]   train a recipe; --run FOLDER names the run, and resumes it if it exists
   zoo sample RUN [flags]     draw from a trained model
   zoo eval RUN [flags]       held-out figures of a run
+  zoo export RUN FOLDER      a trained model as a published folder, with tokenizer and card
   zoo convert FOLDER OUT     weights of transformers' former Flax classes, as safetensors
   zoo eject FAMILY           one family and its layers as a file of your own
   zoo list                   recipes, models and their presets

@@ -1,0 +1,130 @@
+"""`zoo export`: a run as a published folder."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zoo
+from zoo import cli, sharding
+from zoo.commands.export import byte_tokenizer, export, tokenizer_json
+from zoo.train import run_folder, session
+from zoo.train.data.text import TextData
+from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, train_bpe
+from zoo.train.experiment import DataInfo, Placement
+from zoo.train.recipes import RECIPES
+
+TINY = (
+    *("--model.num-layers", "1", "--model.width", "32", "--model.num-heads", "2", "--model.max-length", "64"),
+    *("--data.length", "64", "--batch-size", "8", "--sampler.tokens", "4", "--no-compile-cache", "--steps", "2"),
+)
+TEXTS = ["The if statement\n\n  é中🙂", "", "tab\tnul\x00 \ufeffx", "\u2581 <s>"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    assert cli.main(["train", "gpt-nano", *TINY, "--run", str(folder)]) == 0
+    return folder
+
+
+def recorded(folder: Path, name: str, **model: Any) -> Path:
+    """The folder of a run that has no checkpoint yet."""
+    experiment = RECIPES[name]()
+    config = dataclasses.replace(experiment.model, **model)
+    run_folder.create(folder, dataclasses.replace(experiment, model=config), config, DataInfo("none", "0" * 64, 1, 1))
+    return folder
+
+
+def test_a_run_becomes_a_published_folder(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "my-gpt"
+    assert cli.main(["export", str(run), str(target)]) == 0
+    assert f"holds step 2 of {run}" in capsys.readouterr().out
+    names = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in target.iterdir()} == names
+    here = session.reopen(run, Placement())
+    model, _ = session.trained_model(run, here)
+    tokens = jnp.arange(20, dtype=jnp.int32)[None] * 12
+    found = zoo.from_pretrained(target)
+    with sharding.use(here.mesh):
+        expected = model(tokens).logits
+    np.testing.assert_allclose(found(tokens).logits, expected, atol=1e-6)
+    assert found.config.special_tokens.eos == (256,)
+    tokenizer = zoo.tokenizer(target)
+    assert tokenizer.encode(TEXTS) == [ids.tolist() for ids in ByteTokenizer().encode(TEXTS)]
+    assert tokenizer.special_ids == {"bos_token": 256, "eos_token": 256} and tokenizer.vocab_size == 257
+
+
+def test_the_card_says_what_was_trained(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    data = json.loads((run / "config.json").read_text())["data"]
+    held_out = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]
+    assert held_out["kind"] == "validation" and f"loss {held_out['loss']:.4f}" in card and "(step 2)" in card
+    assert data["sha256"] in card and data["name"] in card and "--model.width 32" in card
+    assert "GPT2LMHeadModel, 23,040 parameters" in card and "2 of 2, 8 examples each" in card
+
+
+def test_every_byte_is_its_own_token(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
+    found = zoo.tokenizer(tmp_path)
+    letters = "".join(map(chr, [*range(0x800), 0xFFFD, 0x1F642]))
+    assert found.encode([letters]) == [list(letters.encode())]
+    assert [found.decode([byte]) for byte in range(256)] == [ByteTokenizer().decode([byte]) for byte in range(256)]
+    assert found.decode([*b"ab", 256]) == "ab"
+
+
+def test_a_tokenizer_file_goes_along(tmp_path: Path) -> None:
+    train_bpe(["the cat and the hat"] * 9, 262, tmp_path / "tokenizer.json")
+    content, end = tokenizer_json(TextData(tokenizer=str(tmp_path / "tokenizer.json")))
+    own = FileTokenizer(tmp_path / "tokenizer.json")
+    (tmp_path / "written").mkdir()
+    (tmp_path / "written" / "tokenizer.json").write_text(json.dumps(content))
+    assert zoo.tokenizer(tmp_path / "written").encode(TEXTS) == [ids.tolist() for ids in own.encode(TEXTS)]
+    assert end == own.end_of_text
+
+
+@pytest.mark.parametrize(
+    ("name", "model", "words"),
+    [
+        ("gpt-nano", {"windows": (None, 16)}, "windows (None, 16): GPT-2's published layout has dense layers alone"),
+        ("ddpm-digits", {}, "a run of ddpm-digits, and a UNet has no published form"),
+        ("vit-digits", {}, "a ViT with pool 'mean' has no published form"),
+        ("gpt-nano", {}, "no checkpoint"),
+    ],
+)
+def test_what_has_no_published_form_is_refused(
+    tmp_path: Path, name: str, model: dict[str, Any], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = recorded(tmp_path / "run", name, **model)
+    assert cli.main(["export", str(source), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.startswith("zoo: ") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "usage: zoo export RUN FOLDER"),
+        (["run"], "takes a run and the folder to write, and got no folder"),
+        (["run", "a", "b"], "takes a run and the folder to write, and got a b"),
+        (["--run", "a"], "name a run: zoo export RUN"),
+        (["run", "--out"], "and got --out"),
+        (["run", "{full}"], "is there and not empty: name a folder that is not there yet"),
+        (["{full}/none", "out"], "none is not a run (it has no config.json)"),
+    ],
+)
+def test_mistakes_are_told(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    code = cli.main(["export", *(argument.format(full=tmp_path) for argument in arguments)])
+    out, error = capsys.readouterr()
+    assert code == (2 if arguments else 0)
+    assert words in out + error
+    assert {path.name for path in tmp_path.iterdir()} == {"file"}

@@ -1,0 +1,160 @@
+"""`zoo export RUN FOLDER`: a run's model as a published folder, with its tokenizer and a card that says what it is."""
+
+import dataclasses
+import json
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo import __version__
+from zoo.commands.runs import split_folder
+from zoo.train.experiment import Placement, UserError
+
+HELP = """\
+usage: zoo export RUN FOLDER
+
+Writes the newest checkpoint of a run as a published model: config.json and safetensors, tokenizer.json where it is of
+text, and README.md. zoo.from_pretrained, zoo.tokenizer and Hugging Face transformers load the folder.
+
+  zoo export runs/mine my-gpt
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    run, rest = split_folder(arguments, "export")
+    if len(rest) != 1 or rest[0].startswith("-"):
+        raise UserError(f"zoo export takes a run and the folder to write, and got {' '.join(rest) or 'no folder'}")
+    step = export(run, Path(rest[0]))
+    print(f"{rest[0]} holds step {step:,} of {run}: zoo.from_pretrained({rest[0]!r}) loads it")
+    return 0
+
+
+def export(run: Path, target: Path) -> int:
+    """Writes the published folder; returns the step. All that can be refused is refused before the first file."""
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} is there and not empty: name a folder that is not there yet")
+    # Imported here because it needs JAX and the data's libraries, which the help above does not.
+    from zoo.models.published import SpecialTokens
+    from zoo.pretrained import save_pretrained
+    from zoo.train import session as sessions
+
+    session = sessions.reopen(run, Placement())
+    experiment = session.experiment
+    config: Any = experiment.model
+    if not hasattr(config, "to_published"):
+        kind = type(config).__name__.removesuffix("Config")
+        raise UserError(
+            f"{run} is a run of {experiment.name}, and a {kind} has no published form: docs/checkpoints.md says how "
+            "its arrays are read"
+        )
+    files: dict[str, str] = {}
+    if hasattr(experiment.data, "load_tokenizer"):
+        tokenizer, end = tokenizer_json(experiment.data)
+        config = dataclasses.replace(config, special_tokens=SpecialTokens(bos=end, eos=(end,)))
+        files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False)
+        files["tokenizer_config.json"] = json.dumps(tokenizer_config(tokenizer, end, config), indent=2) + "\n"
+    config.to_published()
+    session = dataclasses.replace(session, experiment=dataclasses.replace(experiment, model=config))
+    model, step = sessions.trained_model(run, session)
+    files["README.md"] = card(run, target, config, step)
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (target / name).write_text(text, encoding="utf-8")
+    save_pretrained(model, target)
+    return step
+
+
+def tokenizer_json(data: Any) -> tuple[dict[str, Any], int]:
+    """The content of the tokenizer.json of text data, and the id of what ends a text."""
+    path = data.tokenizer_file()
+    if path is None:
+        return byte_tokenizer(), data.load_tokenizer().end_of_text
+    return json.loads(path.read_text(encoding="utf-8")), data.load_tokenizer().end_of_text
+
+
+def byte_tokenizer() -> dict[str, Any]:
+    """zoo's byte tokenizer: a byte-level BPE that merges nothing, whose ids are the bytes, and <|endoftext|>."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    from zoo.train.data.tokenizers import END_OF_TEXT
+
+    # GPT-2's letters for bytes: themselves where they can be seen, else those from 256 on, in order.
+    seen = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
+    hidden = [byte for byte in range(256) if byte not in seen]
+    letters = {chr(256 + hidden.index(byte)) if byte not in seen else chr(byte): byte for byte in range(256)}
+    made = Tokenizer(models.BPE(letters, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    return json.loads(made.to_str())
+
+
+def tokenizer_config(tokenizer: Mapping[str, Any], end: int, config: Any) -> dict[str, Any]:
+    (name,) = (token["content"] for token in tokenizer["added_tokens"] if token["id"] == end)
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": name,
+        "eos_token": name,
+        "model_max_length": config.max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+
+
+def card(run: Path, target: Path, config: Any, step: int) -> str:
+    """README.md: what was trained, on what, how, and how well."""
+    from zoo.pretrained import wanted_tensors
+    from zoo.train import run_folder
+    from zoo.train import session as sessions
+    from zoo.train.ending import flags, sentence
+    from zoo.train.metrics import read_records
+    from zoo.train.recipes import RECIPES
+
+    experiment = sessions.recorded(run)
+    data = run_folder.load_data(run)
+    changed = shlex.join(flags(experiment, RECIPES[experiment.name]()))
+    records = read_records(run / run_folder.METRICS)
+    held_out = [record for record in records if record["kind"] == "validation" and record["step"] <= step]
+    figures = "none were taken"
+    if held_out:
+        told = {k: v for k, v in held_out[-1].items() if k not in ("step", "kind", "seconds")}
+        figures = f"{sentence(told)} (step {held_out[-1]['step']:,})"
+    average = "" if experiment.ema is None else f", the average of decay {experiment.ema}"
+    shapes = wanted_tensors(config).values()
+    rows = {
+        "model": f"{config.to_published()['architectures'][0]}, {sum(map(math.prod, shapes)):,} parameters",
+        "recipe": f"`zoo train {experiment.name} {changed}`".replace(" `", "`"),
+        "steps": f"{step:,} of {experiment.steps:,}, {experiment.batch_size:,} examples each{average}",
+        "data": f"{data['name']}: {data['bytes']:,} bytes, {data['detail']}",
+        "SHA-256 of the data": f"`{data['sha256']}`",
+        "held out": figures,
+    }
+    table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
+    text_task = "pipeline_tag: text-generation\n" if hasattr(config, "vocab_size") else ""
+    return CARD.format(name=experiment.name, table=table, task=text_task, version=__version__, folder=target.name)
+
+
+CARD = """\
+---
+library_name: transformers
+tags: [flaxzoo, jax]
+{task}---
+
+# {name}
+
+| | |
+|---|---|
+{table}
+
+Trained with flaxzoo {version}. Nothing was measured of it but the held-out figures above.
+
+```python
+import zoo
+
+model = zoo.from_pretrained({folder!r})
+```
+"""
