@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "pretrained.md"
 
 def test_the_page_runs(tmp_path) -> None:
     examples = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
-    assert len(examples) == 4
+    assert len(examples) == 5
     program = "\n".join(f"exec(compile({example!r}, 'pretrained.md', 'exec'), {{}})" for example in examples)
     environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", program]
