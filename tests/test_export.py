@@ -11,8 +11,9 @@ import pytest
 
 import zoo
 from zoo import cli, sharding
-from zoo.commands.export import byte_tokenizer, export, tokenizer_json
+from zoo.commands.export import byte_tokenizer, export, published_tokenizer
 from zoo.train import run_folder, session
+from zoo.train.data.masked_text import MaskedTextData
 from zoo.train.data.text import TextData
 from zoo.train.data.tokenizers import ByteTokenizer, FileTokenizer, train_bpe
 from zoo.train.experiment import DataInfo, Placement
@@ -70,7 +71,7 @@ def test_the_card_says_what_was_trained(run: Path, tmp_path: Path) -> None:
 
 
 def test_every_byte_is_its_own_token(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_tokenizer()))
+    (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str())
     found = zoo.tokenizer(tmp_path)
     letters = "".join(map(chr, [*range(0x800), 0xFFFD, 0x1F642]))
     assert found.encode([letters]) == [list(letters.encode())]
@@ -79,13 +80,24 @@ def test_every_byte_is_its_own_token(tmp_path: Path) -> None:
 
 
 def test_a_tokenizer_file_goes_along(tmp_path: Path) -> None:
-    train_bpe(["the cat and the hat"] * 9, 262, tmp_path / "tokenizer.json")
-    content, end = tokenizer_json(TextData(tokenizer=str(tmp_path / "tokenizer.json")))
-    own = FileTokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "written").mkdir()
-    (tmp_path / "written" / "tokenizer.json").write_text(json.dumps(content))
-    assert zoo.tokenizer(tmp_path / "written").encode(TEXTS) == [ids.tolist() for ids in own.encode(TEXTS)]
-    assert end == own.end_of_text
+    train_bpe(["the cat and the hat"] * 9, 262, tmp_path / "own.json")
+    made, special = published_tokenizer(TextData(tokenizer=str(tmp_path / "own.json")))
+    made.save(str(tmp_path / "tokenizer.json"))
+    own = FileTokenizer(tmp_path / "own.json")
+    assert zoo.tokenizer(tmp_path).encode(TEXTS) == [ids.tolist() for ids in own.encode(TEXTS)]
+    assert made.token_to_id(special["eos_token"]) == own.end_of_text
+
+
+def test_the_tokens_of_an_objective_go_along(tmp_path: Path) -> None:
+    data = MaskedTextData(length=32)
+    made, special = published_tokenizer(data)
+    made.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(special))
+    found, roles = zoo.tokenizer(tmp_path), data.vocabulary.roles
+    names = {"pad_token": "pad", "cls_token": "classify", "sep_token": "separate", "mask_token": "mask"}
+    assert found.special_ids == {name: roles[role] for name, role in names.items()}
+    assert found.encode(["a[MASK]"]) == [[roles["classify"], 97, roles["mask"], roles["separate"]]]
+    assert found.vocab_size == data.vocabulary.size
 
 
 @pytest.mark.parametrize(

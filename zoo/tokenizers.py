@@ -53,6 +53,7 @@ CLASS_OF_MODEL = {
     "llama": "LlamaTokenizer",
     "marian": "MarianTokenizer",
     "mistral": "LlamaTokenizer",
+    "mt5": "T5Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
     "roberta": "RobertaTokenizer",

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,16 @@ text, and README.md. zoo.from_pretrained, zoo.tokenizer and Hugging Face transfo
 
   zoo export runs/mine my-gpt
 """
+
+ROLES = {
+    "pad": "pad_token",
+    "mask": "mask_token",
+    "classify": "cls_token",
+    "separate": "sep_token",
+    "begin": "bos_token",
+    "end": "eos_token",
+}
+"""Published names of the roles of zoo.train.data.vocabulary."""
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -54,10 +64,13 @@ def export(run: Path, target: Path) -> int:
         )
     files: dict[str, str] = {}
     if hasattr(experiment.data, "load_tokenizer"):
-        tokenizer, end = tokenizer_json(experiment.data)
-        config = dataclasses.replace(config, special_tokens=SpecialTokens(bos=end, eos=(end,)))
-        files["tokenizer.json"] = json.dumps(tokenizer, ensure_ascii=False)
-        files["tokenizer_config.json"] = json.dumps(tokenizer_config(tokenizer, end, config), indent=2) + "\n"
+        tokenizer, special = published_tokenizer(experiment.data)
+        if not experiment.data.roles:
+            end = tokenizer.token_to_id(special["eos_token"])
+            config = dataclasses.replace(config, special_tokens=SpecialTokens(bos=end, eos=(end,)))
+        told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
+        told |= {"model_max_length": experiment.data.length}
+        files |= {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(told, indent=2) + "\n"}
     config.to_published()
     session = dataclasses.replace(session, experiment=dataclasses.replace(experiment, model=config))
     model, step = sessions.trained_model(run, session)
@@ -69,15 +82,36 @@ def export(run: Path, target: Path) -> int:
     return step
 
 
-def tokenizer_json(data: Any) -> tuple[dict[str, Any], int]:
-    """The content of the tokenizer.json of text data, and the id of what ends a text."""
-    path = data.tokenizer_file()
-    if path is None:
-        return byte_tokenizer(), data.load_tokenizer().end_of_text
-    return json.loads(path.read_text(encoding="utf-8")), data.load_tokenizer().end_of_text
+def published_tokenizer(data: Any) -> tuple[Any, dict[str, str]]:
+    """The tokenizer of text data as the library's, with the special tokens of its objective, and these by their
+    published roles. A text stands between those that its rows begin and end with."""
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    from zoo.train.data.vocabulary import NAMES
+
+    path, words = data.tokenizer_file(), data.vocabulary
+    made: Any = byte_tokenizer() if path is None else Tokenizer.from_file(str(path))
+    for role, token in sorted(words.roles.items(), key=lambda item: item[1]):
+        if token >= words.text:
+            name = NAMES[role][0] if role in NAMES else f"<extra_id_{role.removeprefix('sentinel ')}>"
+            made.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+            if made.token_to_id(name) != token:
+                raise UserError(f"{path} has {name} as text, which the run has for another token: it cannot be both")
+    if not words.roles:
+        return made, dict.fromkeys(("bos_token", "eos_token"), made.id_to_token(words.end_of_text))
+    special = {role: made.id_to_token(token) for role, token in words.roles.items() if role in ROLES}
+    before = [special[role] for role in ("classify", "begin") if role in special]
+    after = [special[role] for role in ("separate", "end") if role in special]
+    made.post_processor = TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *(f"{piece}:1" for piece in ("$B", *after))],
+        special_tokens=[(name, made.token_to_id(name)) for name in dict.fromkeys([*before, *after])],
+    )
+    return made, {ROLES[role]: name for role, name in special.items()}
 
 
-def byte_tokenizer() -> dict[str, Any]:
+def byte_tokenizer() -> Any:
     """zoo's byte tokenizer: a byte-level BPE that merges nothing, whose ids are the bytes, and <|endoftext|>."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -91,18 +125,7 @@ def byte_tokenizer() -> dict[str, Any]:
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
-    return json.loads(made.to_str())
-
-
-def tokenizer_config(tokenizer: Mapping[str, Any], end: int, config: Any) -> dict[str, Any]:
-    (name,) = (token["content"] for token in tokenizer["added_tokens"] if token["id"] == end)
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": name,
-        "eos_token": name,
-        "model_max_length": config.max_length,
-        "clean_up_tokenization_spaces": False,
-    }
+    return made
 
 
 def card(run: Path, target: Path, config: Any, step: int) -> str:
@@ -134,7 +157,7 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
         "held out": figures,
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
-    text_task = "pipeline_tag: text-generation\n" if hasattr(config, "vocab_size") else ""
+    text_task = "pipeline_tag: text-generation\n" if "LMHead" in rows["model"] else ""
     return CARD.format(name=experiment.name, table=table, task=text_task, version=__version__, folder=target.name)
 
 
