@@ -24,6 +24,7 @@ ORDER = (
         "zoo.published_folder",
         "zoo.flax_checkpoints",
         "zoo.chat_template",
+        "zoo.tokenizer_settings",
         "zoo.tokenizers",
         "zoo.sentencepieces",
     },

@@ -6,59 +6,17 @@ tokenizer_config.json says which class it is and which tokens are special; none 
 """
 
 import json
+import operator
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo.published_folder import PretrainedError, find, read_json
+from zoo.tokenizer_settings import PROPERTIES, Settings
 
 FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
-NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-DEFAULTS: dict[str, dict[str, str]] = {
-    "BertTokenizer": {
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-    },
-    "GPT2Tokenizer": dict.fromkeys(("unk_token", "bos_token", "eos_token"), "<|endoftext|>"),
-    "RobertaTokenizer": {
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "sep_token": "</s>",
-        "cls_token": "<s>",
-        "unk_token": "<unk>",
-        "pad_token": "<pad>",
-        "mask_token": "<mask>",
-    },
-    "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
-    "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-    "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "MarianTokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
-}
-"""Special tokens of the classes whose older files are read, where tokenizer_config.json does not name them."""
-
-SAME_CLASS = {
-    "DistilBertTokenizer": "BertTokenizer",
-    "ElectraTokenizer": "BertTokenizer",
-    "BartTokenizer": "RobertaTokenizer",
-}
-CLASS_OF_MODEL = {
-    "bart": "RobertaTokenizer",
-    "bert": "BertTokenizer",
-    "gpt2": "GPT2Tokenizer",
-    "llama": "LlamaTokenizer",
-    "marian": "MarianTokenizer",
-    "mistral": "LlamaTokenizer",
-    "mt5": "T5Tokenizer",
-    "qwen2": "Qwen2Tokenizer",
-    "qwen3": "Qwen2Tokenizer",
-    "roberta": "RobertaTokenizer",
-    "t5": "T5Tokenizer",
-}
 FLAGGED = ("GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes whose older files leave it to add_bos_token and add_eos_token what stands around a text."""
 
@@ -67,78 +25,6 @@ QWEN2_WORDS = (
 )
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What clean_up_tokenization_spaces writes without its blanks, in this order."""
-
-
-class Settings:
-    """What the JSON files of a folder say of its tokenizer. Those of its tokenizer_config.json win."""
-
-    def __init__(self, folder: Path):
-        config = folder / "tokenizer_config.json"
-        self.folder, self.fields = folder, read_json(config) if config.exists() else {}
-        legacy = folder / "special_tokens_map.json"
-        if "added_tokens_decoder" not in self.fields and legacy.exists():
-            self.fields = self.fields | read_json(legacy)
-        name = self.fields.get("tokenizer_class")
-        if name is None and (folder / "config.json").exists():
-            name = CLASS_OF_MODEL.get(str(read_json(folder / "config.json").get("model_type")))
-        name = None if name is None else str(name).removesuffix("Fast")
-        self.kind = SAME_CLASS.get(name, name) if name else None
-
-    def named(self) -> dict[str, str]:
-        """The text of each special token that has a role, by the role; defaults of the class included."""
-        given = {role: content(self.fields[role]) for role in NAMED if role in self.fields}
-        found = DEFAULTS.get(self.kind or "", {}) | given
-        return {role: token for role, token in found.items() if token is not None}
-
-    def added(self) -> dict[int, dict[str, Any]]:
-        """Tokens beyond the vocabulary, and those of it that are matched whole, by id, with their properties."""
-        told = self.fields.get("added_tokens_decoder")
-        if told is None:
-            path = self.folder / "added_tokens.json"
-            ids = read_json(path) if path.exists() else {}
-            special = {*self.named().values(), *self.extra()}
-            told = {i: {"content": token, "special": token in special} for token, i in ids.items()}
-        try:
-            return {int(i): {**told[i], "content": str(told[i]["content"])} for i in sorted(told, key=int)}
-        except (TypeError, KeyError, ValueError, AttributeError):
-            raise PretrainedError(
-                f"{self.folder}: added_tokens_decoder is not ids with the properties of a token: fetch it again"
-            ) from None
-
-    def extra(self) -> list[str]:
-        """Special tokens without a role."""
-        extra = self.fields.get("extra_special_tokens") or self.fields.get("additional_special_tokens") or []
-        return [token for token in map(content, extra.values() if isinstance(extra, dict) else extra) if token]
-
-    def chat_template(self, purpose: str) -> tuple[str, str]:
-        """The name and text of the template for "tool_use", or "default", which stands in where there is none such."""
-        path = self.folder / "chat_template.jinja"
-        if path.exists():
-            return str(path), path.read_text(encoding="utf-8")
-        found = self.fields.get("chat_template")
-        if isinstance(found, list):
-            named = {fields.get("name"): fields.get("template") for fields in found if isinstance(fields, dict)}
-            found = named.get(purpose) or named.get("default")
-        if not isinstance(found, str):
-            raise PretrainedError(
-                f"{self.folder} has no chat template, neither chat_template.jinja nor one in tokenizer_config.json: "
-                "write the text for the model yourself, and encode it"
-            )
-        return f"the chat template of {self.folder}", found
-
-    def flag(self, name: str, default: bool | None) -> Any:
-        value = self.fields.get(name)
-        if value is not None and not isinstance(value, bool):
-            raise PretrainedError(f"{self.folder}: {name} {value!r} of tokenizer_config.json is neither true nor false")
-        return default if value is None else value
-
-
-def content(token: Any) -> str | None:
-    """The text of a token that a JSON file names as text or as an object."""
-    token = token.get("content") if isinstance(token, dict) else token
-    if token is not None and not isinstance(token, str):
-        raise PretrainedError(f"{token!r} is no special token: tokenizer_config.json names them as text")
-    return token
 
 
 class Tokenizer:
@@ -160,8 +46,11 @@ class Tokenizer:
 
         A text that spells a special token gives that token. Nothing is cut and nothing padded.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise PretrainedError(f"encode takes a list of texts, and got {texts!r:.60}: put the text into a list")
+        for text in texts:
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise PretrainedError(f"{text!r:.60} has half of a surrogate pair, which is no text: leave it out")
         if self.frame is None:
             return self.pieces(texts, special)
         before, after = self.frame if special else ([], [])
@@ -169,7 +58,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids; special tokens are left out unless `special`."""
-        known = [int(i) for i in ids]
+        try:
+            known = [operator.index(i) for i in ids]
+        except TypeError:
+            raise PretrainedError(
+                f"decode takes the ids of one text, and got {ids!r:.60}: give a list of ids"
+            ) from None
         wrong = [i for i in known if not 0 <= i < self.vocab_size]
         if wrong:
             raise PretrainedError(f"{wrong[0]} is no token: ids of this tokenizer are 0 to {self.vocab_size - 1}")
@@ -221,9 +115,9 @@ class FastTokenizer(Tokenizer):
         named, extra = settings.named(), settings.extra()
         for i, fields in settings.added().items():
             if fields["content"] not in here:
-                properties = {k: v for k, v in fields.items() if k in ("lstrip", "rstrip", "normalized", "single_word")}
-                special = bool(fields.get("special")) or fields["content"] in named.values()
-                library.add_tokens([AddedToken(fields["content"], special=special, **properties)])
+                properties = {k: v for k, v in fields.items() if k in PROPERTIES}
+                properties["special"] = properties.get("special", False) or fields["content"] in named.values()
+                library.add_tokens([AddedToken(fields["content"], **properties)])
             if library.token_to_id(fields["content"]) != i:
                 raise PretrainedError(
                     f"{settings.folder}: {fields['content']!r} is {i} by tokenizer_config.json and "
@@ -306,13 +200,9 @@ def word_pieces(path: Path, settings: Settings) -> Any:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     settings.kind = expected(settings, ("BertTokenizer",), path)
-    ids = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
-    named = settings.named()
-    missing = [named[role] for role in ("cls_token", "sep_token", "unk_token") if named[role] not in ids]
-    if missing:
-        raise PretrainedError(f"{path} has no {missing[0]}: name the special tokens in tokenizer_config.json")
-    sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
-    made = Library(models.WordPiece(ids, unk_token=named["unk_token"]))
+    ids = {token: i for i, token in enumerate(lines(path))}
+    cls, sep, unknown = (known(settings, role, ids) for role in ("cls_token", "sep_token", "unk_token"))
+    made = Library(models.WordPiece(ids, unk_token=unknown[0]))
     made.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
@@ -333,13 +223,15 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
     kinds = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
     settings.kind = expected(settings, kinds, folder / "merges.txt")
     ids = vocabulary(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    parted = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    parted = (line.partition(" ") for line in lines(folder / "merges.txt") if line and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in parted]
     try:
         made = Library(models.BPE(ids, merges))
     except Exception as problem:  # the library raises plain Exception
         raise PretrainedError(f"{folder}: vocab.json and merges.txt do not fit ({problem}): fetch both again") from None
+    lost = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
+    if lost:
+        raise PretrainedError(f"{folder / 'vocab.json'} has no token for {len(lost)} of the 256 bytes: fetch it again")
     blank = settings.flag("add_prefix_space", False)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     made.decoder = decoders.ByteLevel()
@@ -349,11 +241,7 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
         bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=blank, use_regex=False)
         made.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
     if settings.kind == "RobertaTokenizer":
-        named = settings.named()
-        missing = [named[role] for role in ("cls_token", "sep_token") if named[role] not in ids]
-        if missing:
-            raise PretrainedError(f"{folder / 'vocab.json'} has no {missing[0]}, which stands around a text")
-        sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
+        cls, sep = (known(settings, role, ids) for role in ("cls_token", "sep_token"))
         made.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=blank)
     return made
 
@@ -365,6 +253,22 @@ def expected(settings: Settings, kinds: Sequence[str], path: Path) -> str:
             f"{path} is of {settings.kind}, and such a file is read of {', '.join(kinds)}: fetch a tokenizer.json"
         )
     return settings.kind or kinds[0]
+
+
+def known(settings: Settings, role: str, ids: Mapping[str, int]) -> tuple[str, int]:
+    """The token of a role that the class cannot do without, and its id."""
+    token = settings.needed(role)
+    if token not in ids:
+        raise PretrainedError(f"{settings.folder}: the vocabulary has no {token}: tokenizer_config.json names {role}")
+    return token, ids[token]
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file; U+2028 and its like do not end one."""
+    try:
+        return path.read_bytes().decode().removesuffix("\n").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError:
+        raise PretrainedError(f"{path} is no UTF-8 text: fetch it again") from None
 
 
 def vocabulary(path: Path) -> dict[str, int]:
