@@ -29,6 +29,7 @@ from rich.progress import track
 from safetensors.numpy import load_file
 
 import zoo
+from benchmarks import tpu
 from zoo import models, sharding
 from zoo.generation import generate
 
@@ -207,6 +208,7 @@ def compiled(kind: str, config: Any) -> str:
         # With AdamW's moments 16 bytes a parameter: such a model needs more chips than these.
         layers = config.num_layers // 4
         return f"{compiled(kind, dataclasses.replace(config, num_layers=layers))} ({layers} layers)"
+    tpu.prepare()
     try:
         from jax.experimental import topologies
 

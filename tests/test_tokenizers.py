@@ -186,39 +186,45 @@ def test_sentence_pieces_of_marian(tmp_path, t5_model: bytes) -> None:
         ({}, "has no tokenizer: none of tokenizer.json, vocab.txt"),
         ({"tokenizer__json": {"model": {}}}, "tokenizer.json is no tokenizer ("),
         ({"tokenizer__json": "{"}, "tokenizer.json is no JSON"),
-        ({"vocab__txt": "a\nb\n"}, "has no [CLS]: name the special tokens in tokenizer_config.json"),
+        ({"vocab__txt": "a\nb\n"}, "the vocabulary has no [CLS]: tokenizer_config.json names cls_token"),
         (
             {"vocab__txt": "a", "config__json": {"model_type": "gpt2"}},
             "is of GPT2Tokenizer, and such a file is read of",
         ),
         ({"vocab__json": {"a": 0, "b": 0}, "merges__txt": ""}, "does not give each token an id of its own"),
         ({"vocab__json": {"a": 0}, "merges__txt": "a b\n"}, "vocab.json and merges.txt do not fit"),
+        ({"vocab__json": {"a": 0}, "merges__txt": ""}, "vocab.json has no token for 255 of the 256 bytes"),
+        ({"vocab__json": {"a": 0}, "merges__txt": b"\xff"}, "merges.txt is no UTF-8 text"),
         ({"spiece__model": b"junk", "config__json": {"model_type": "t5"}}, "is no sentencepiece model"),
         ({"spiece__model": b""}, "is of a class that no tokenizer_config.json names"),
         (
             {"spiece__model": b"", "tokenizer_config__json": {"tokenizer_class": "XLNetTokenizer"}},
             "is of XLNetTokenizer, and sentencepiece models are read of T5Tokenizer and LlamaTokenizer",
         ),
-        (
-            {"vocab__txt": "\n".join(WORDS), "tokenizer_config__json": {"do_lower_case": "yes"}},
-            "do_lower_case 'yes' of tokenizer_config.json is neither true nor false",
-        ),
-        (
-            {
-                "vocab__txt": "\n".join(WORDS),
-                "tokenizer_config__json": {"added_tokens_decoder": {"90": {"content": "x"}}},
-            },
-            "'x' is 90 by tokenizer_config.json and 15 by the vocabulary",
-        ),
-        (
-            {"vocab__txt": "\n".join(WORDS), "tokenizer_config__json": {"cls_token": 3}},
-            "3 is no special token: tokenizer_config.json names them as text",
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(tmp_path, files: dict[str, Any], words: str) -> None:
     with pytest.raises(PretrainedError) as error:
         zoo.tokenizer(write(tmp_path, **files))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"added_tokens_decoder": [1]}, "is no added token with its id and content"),
+        ({"added_tokens_decoder": {"90": {"content": "x"}}}, "'x' is 90 by tokenizer_config.json and 15 by"),
+        ({"added_tokens_decoder": {"15": {"content": "x", "lstrip": 1}}}, "lstrip of 'x' is neither true nor false"),
+        ({"do_lower_case": "yes"}, "do_lower_case 'yes' of tokenizer_config.json is neither true nor false"),
+        ({"cls_token": 3}, "3 is no special token: tokenizer_config.json names them as text"),
+        ({"cls_token": ""}, "'' is no special token"),
+        ({"cls_token": None}, "leaves a BertTokenizer without cls_token"),
+        ({"extra_special_tokens": 3}, "extra_special_tokens 3 of tokenizer_config.json is no list"),
+    ],
+)
+def test_configurations_that_cannot_be_are_refused(tmp_path, told: dict[str, Any], words: str) -> None:
+    with pytest.raises(PretrainedError) as error:
+        zoo.tokenizer(write(tmp_path, vocab__txt="\n".join(WORDS), tokenizer_config__json=told))
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
@@ -233,9 +239,19 @@ def test_pieces_that_contradict_the_configuration_are_refused(tmp_path, t5_model
             zoo.tokenizer(write(tmp_path, spiece__model=t5_model, tokenizer_config__json=told))
 
 
-def test_wrong_inputs_are_told(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda found: found.encode("the"), "encode takes a list of texts, and got 'the'"),
+        (lambda found: found.encode([3]), r"encode takes a list of texts, and got \[3\]"),
+        (lambda found: found.encode(["a\ud800"]), "has half of a surrogate pair"),
+        (lambda found: found.decode([5, 15]), "15 is no token: ids of this tokenizer are 0 to 14"),
+        (lambda found: found.decode([-1]), "-1 is no token"),
+        (lambda found: found.decode([[5]]), r"decode takes the ids of one text, and got \[\[5\]\]"),
+        (lambda found: found.decode("the"), "decode takes the ids of one text, and got 'the'"),
+    ],
+)
+def test_wrong_inputs_are_told(tmp_path, call: Any, words: str) -> None:
     found = zoo.tokenizer(write(tmp_path, vocab__txt="\n".join(WORDS)))
-    with pytest.raises(PretrainedError, match=r"takes a list of texts, and got 'the'"):
-        found.encode("the")
-    with pytest.raises(PretrainedError, match=r"15 is no token: ids of this tokenizer are 0 to 14"):
-        found.decode([5, 15])
+    with pytest.raises(PretrainedError, match=words):
+        call(found)

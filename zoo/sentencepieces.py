@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo.published_folder import PretrainedError
-from zoo.tokenizers import Settings, Tokenizer, bos_and_eos, vocabulary
+from zoo.tokenizer_settings import Settings
+from zoo.tokenizers import Tokenizer, bos_and_eos, vocabulary
 
 KEEPS_BLANKS = b"\x1a\x04\x18\x00\x20\x00"
 """ModelProto.normalizer_spec with add_dummy_prefix and remove_extra_whitespaces false: of a message that comes twice
@@ -31,7 +32,7 @@ class PieceTokenizer(Tokenizer):
                 self.add(self.inner.id_to_piece(i), i)
         if is_t5:
             count = settings.fields.get("extra_ids", 100)
-            if type(count) is not int:
+            if type(count) is not int or count < 0:
                 raise PretrainedError(f"{settings.folder}: extra_ids {count!r} of tokenizer_config.json is no number")
             for n in range(count):
                 self.add(f"<extra_id_{n}>", self.size + count - 1 - n)
@@ -41,7 +42,7 @@ class PieceTokenizer(Tokenizer):
         longest = sorted(self.whole, key=len, reverse=True)
         patterns = [re.escape(token).join(around.get(token, ("", ""))) for token in longest]
         self.matcher = re.compile(f"({'|'.join(patterns)})")
-        self.frame = ([], [self.special_ids["eos_token"]]) if is_t5 else bos_and_eos(self, True)
+        self.frame = ([], [self.whole[settings.needed("eos_token")]]) if is_t5 else bos_and_eos(self, True)
 
     def add(self, token: str, i: int, special: bool = True) -> None:
         """Makes `token` one that is matched whole, as id `i`; raises PretrainedError where either is taken."""
@@ -110,7 +111,8 @@ class MarianTokenizer(Tokenizer):
             raise PretrainedError(f"{folder / 'vocab.json'} has no {missing[0]}, a special token: fetch it again")
         self.special_ids = {role: self.ids[token] for role, token in self.special_tokens.items()}
         self.vocab_size = max(self.ids.values()) + 1
-        self.frame = ([], [self.special_ids["eos_token"]])
+        self.frame = ([], [self.ids[settings.needed("eos_token")]])
+        self.unknown = self.ids[settings.needed("unk_token")]
         self.matcher = re.compile(f"({'|'.join(map(re.escape, self.special_tokens.values()))})")
 
     def pieces(self, texts: Sequence[str], special: bool) -> list[list[int]]:
@@ -126,7 +128,7 @@ class MarianTokenizer(Tokenizer):
                 pieces += [code[0], *self.source.encode(part[code.end() :], out_type=str)]
             else:
                 pieces += self.source.encode(part, out_type=str)
-        return [self.ids.get(piece, self.special_ids["unk_token"]) for piece in pieces]
+        return [self.ids.get(piece, self.unknown) for piece in pieces]
 
     def text(self, ids: list[int], special: bool) -> str:
         roles = set(self.special_ids.values())

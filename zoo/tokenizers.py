@@ -6,14 +6,21 @@ tokenizer_config.json says which class it is and which tokens are special; none 
 """
 
 import json
+import operator
 import os
+<<<<<<< HEAD
+=======
+import re
+>>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zoo.published_folder import PretrainedError, find, read_json
+from zoo.tokenizer_settings import PROPERTIES, Settings
 
 FILES = ("*.json", "*.txt", "*.model", "*.spm", "*.jinja")
+<<<<<<< HEAD
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 DEFAULTS: dict[str, dict[str, str]] = {
@@ -59,6 +66,8 @@ CLASS_OF_MODEL = {
     "roberta": "RobertaTokenizer",
     "t5": "T5Tokenizer",
 }
+=======
+>>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
 FLAGGED = ("GPT2Tokenizer", "Qwen2Tokenizer")
 """Classes whose older files leave it to add_bos_token and add_eos_token what stands around a text."""
 
@@ -69,6 +78,7 @@ TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What clean_up_tokenization_spaces writes without its blanks, in this order."""
 
 
+<<<<<<< HEAD
 class Settings:
     """What the JSON files of a folder say of its tokenizer. Those of its tokenizer_config.json win."""
 
@@ -141,6 +151,8 @@ def content(token: Any) -> str | None:
     return token
 
 
+=======
+>>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
 class Tokenizer:
     """Text to token ids and back.
 
@@ -160,8 +172,11 @@ class Tokenizer:
 
         A text that spells a special token gives that token. Nothing is cut and nothing padded.
         """
-        if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
             raise PretrainedError(f"encode takes a list of texts, and got {texts!r:.60}: put the text into a list")
+        for text in texts:
+            if not text.isascii() and re.search("[\ud800-\udfff]", text):
+                raise PretrainedError(f"{text!r:.60} has half of a surrogate pair, which is no text: leave it out")
         if self.frame is None:
             return self.pieces(texts, special)
         before, after = self.frame if special else ([], [])
@@ -169,7 +184,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
         """The text of ids; special tokens are left out unless `special`."""
-        known = [int(i) for i in ids]
+        try:
+            known = [operator.index(i) for i in ids]
+        except TypeError:
+            raise PretrainedError(
+                f"decode takes the ids of one text, and got {ids!r:.60}: give a list of ids"
+            ) from None
         wrong = [i for i in known if not 0 <= i < self.vocab_size]
         if wrong:
             raise PretrainedError(f"{wrong[0]} is no token: ids of this tokenizer are 0 to {self.vocab_size - 1}")
@@ -221,9 +241,9 @@ class FastTokenizer(Tokenizer):
         named, extra = settings.named(), settings.extra()
         for i, fields in settings.added().items():
             if fields["content"] not in here:
-                properties = {k: v for k, v in fields.items() if k in ("lstrip", "rstrip", "normalized", "single_word")}
-                special = bool(fields.get("special")) or fields["content"] in named.values()
-                library.add_tokens([AddedToken(fields["content"], special=special, **properties)])
+                properties = {k: v for k, v in fields.items() if k in PROPERTIES}
+                properties["special"] = properties.get("special", False) or fields["content"] in named.values()
+                library.add_tokens([AddedToken(fields["content"], **properties)])
             if library.token_to_id(fields["content"]) != i:
                 raise PretrainedError(
                     f"{settings.folder}: {fields['content']!r} is {i} by tokenizer_config.json and "
@@ -306,13 +326,9 @@ def word_pieces(path: Path, settings: Settings) -> Any:
     from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
     settings.kind = expected(settings, ("BertTokenizer",), path)
-    ids = {token: i for i, token in enumerate(path.read_text(encoding="utf-8").removesuffix("\n").split("\n"))}
-    named = settings.named()
-    missing = [named[role] for role in ("cls_token", "sep_token", "unk_token") if named[role] not in ids]
-    if missing:
-        raise PretrainedError(f"{path} has no {missing[0]}: name the special tokens in tokenizer_config.json")
-    sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
-    made = Library(models.WordPiece(ids, unk_token=named["unk_token"]))
+    ids = {token: i for i, token in enumerate(lines(path))}
+    cls, sep, unknown = (known(settings, role, ids) for role in ("cls_token", "sep_token", "unk_token"))
+    made = Library(models.WordPiece(ids, unk_token=unknown[0]))
     made.normalizer = normalizers.BertNormalizer(
         clean_text=True,
         handle_chinese_chars=settings.flag("tokenize_chinese_chars", True),
@@ -333,13 +349,15 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
     kinds = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
     settings.kind = expected(settings, kinds, folder / "merges.txt")
     ids = vocabulary(folder / "vocab.json")
-    lines = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")
-    parted = (line.partition(" ") for line in lines if line and not line.startswith("#version"))
+    parted = (line.partition(" ") for line in lines(folder / "merges.txt") if line and not line.startswith("#version"))
     merges = [(left, right) for left, _, right in parted]
     try:
         made = Library(models.BPE(ids, merges))
     except Exception as problem:  # the library raises plain Exception
         raise PretrainedError(f"{folder}: vocab.json and merges.txt do not fit ({problem}): fetch both again") from None
+    lost = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
+    if lost:
+        raise PretrainedError(f"{folder / 'vocab.json'} has no token for {len(lost)} of the 256 bytes: fetch it again")
     blank = settings.flag("add_prefix_space", False)
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=blank)
     made.decoder = decoders.ByteLevel()
@@ -349,11 +367,7 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
         bytes_alone = pre_tokenizers.ByteLevel(add_prefix_space=blank, use_regex=False)
         made.pre_tokenizer = pre_tokenizers.Sequence([words, bytes_alone])
     if settings.kind == "RobertaTokenizer":
-        named = settings.named()
-        missing = [named[role] for role in ("cls_token", "sep_token") if named[role] not in ids]
-        if missing:
-            raise PretrainedError(f"{folder / 'vocab.json'} has no {missing[0]}, which stands around a text")
-        sep, cls = ((named[role], ids[named[role]]) for role in ("sep_token", "cls_token"))
+        cls, sep = (known(settings, role, ids) for role in ("cls_token", "sep_token"))
         made.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=blank)
     return made
 
@@ -365,6 +379,22 @@ def expected(settings: Settings, kinds: Sequence[str], path: Path) -> str:
             f"{path} is of {settings.kind}, and such a file is read of {', '.join(kinds)}: fetch a tokenizer.json"
         )
     return settings.kind or kinds[0]
+
+
+def known(settings: Settings, role: str, ids: Mapping[str, int]) -> tuple[str, int]:
+    """The token of a role that the class cannot do without, and its id."""
+    token = settings.needed(role)
+    if token not in ids:
+        raise PretrainedError(f"{settings.folder}: the vocabulary has no {token}: tokenizer_config.json names {role}")
+    return token, ids[token]
+
+
+def lines(path: Path) -> list[str]:
+    """The lines of a file; U+2028 and its like do not end one."""
+    try:
+        return path.read_bytes().decode().removesuffix("\n").replace("\r\n", "\n").split("\n")
+    except UnicodeDecodeError:
+        raise PretrainedError(f"{path} is no UTF-8 text: fetch it again") from None
 
 
 def vocabulary(path: Path) -> dict[str, int]:

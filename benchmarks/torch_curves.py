@@ -1,0 +1,70 @@
+"""Training in torch on given weights and batches, the other side of `benchmarks.curves`; needs torch and transformers.
+
+Run by its path, which `sides` explains.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy
+import torch
+import transformers
+
+Batch = dict[str, torch.Tensor]
+
+
+def next_token(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Packed rows: each document attends to itself."""
+    segments = batch["segments"]
+    length = segments.shape[1]
+    same = (segments[:, :, None] == segments[:, None, :]) & torch.ones(length, length, dtype=torch.bool).tril()
+    logits = model(batch["tokens"], attention_mask=same[:, None], position_ids=batch["positions"]).logits
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten())
+
+
+def masked_words(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    out = model(batch["tokens"], token_type_ids=batch["token_types"], attention_mask=batch["segments"])
+    rows = torch.arange(len(batch["places"]))[:, None]
+    logits, weights = out.prediction_logits[rows, batch["places"]], batch["weights"].flatten()
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    pairs = torch.nn.functional.cross_entropy(out.seq_relationship_logits, batch["next_sentence"])
+    return (losses * weights).sum() / weights.sum() + pairs
+
+
+def classes(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    logits = model(batch["images"].permute(0, 3, 1, 2)).logits
+    return torch.nn.functional.cross_entropy(logits, batch["labels"])
+
+
+LOSSES = {
+    "GPT2LMHeadModel": next_token,
+    "BertForPreTraining": masked_words,
+    "ViTForImageClassification": classes,
+}
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    name = json.loads((folder / "model" / "config.json").read_text())["architectures"][0]
+    model = getattr(transformers, name).from_pretrained(folder / "model", attn_implementation="sdpa").train()
+    given = dict(numpy.load(folder / "batches.npz"))
+    rates = given.pop("rates")
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    losses = []
+    for step, rate in enumerate(rates):
+        batch = {key: torch.from_numpy(rows[step]) for key, rows in given.items()}
+        batch = {key: x if x.is_floating_point() else x.long() for key, x in batch.items()}
+        for group in optimizer.param_groups:
+            group["lr"] = float(rate)
+        loss = LOSSES[name](model, batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+    print(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main()
