@@ -24,10 +24,7 @@ ORDER = (
         "zoo.published_folder",
         "zoo.flax_checkpoints",
         "zoo.chat_template",
-<<<<<<< HEAD
-=======
         "zoo.tokenizer_settings",
->>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
         "zoo.tokenizers",
         "zoo.sentencepieces",
     },

@@ -1,11 +1,7 @@
 """Chat templates of published folders: Jinja text that turns messages into the text that a model was trained on.
 
 They come from whoever published the model, so they run in Jinja's sandbox, over plain JSON values: a template reads
-<<<<<<< HEAD
-what it is given, changes none of it, and reaches no Python. It is not kept from taking long.
-=======
 what it is given, changes none of it, and reaches no Python. Loops within loops can still take long.
->>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
 """
 
 import datetime
@@ -16,12 +12,9 @@ from typing import Any
 
 from zoo.published_folder import PretrainedError
 
-<<<<<<< HEAD
-=======
 LONGEST = 1_000_000
 """Of what a template may make by repeating; Jinja's own limit to range is a tenth of it."""
 
->>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
 
 def render(template: str, variables: Mapping[str, Any], where: str) -> str:
     """The text of a template. Raises PretrainedError, in one line that begins with `where`, for any that fails."""
@@ -84,8 +77,6 @@ def environment() -> Any:
             super().__setitem__(name, value)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-<<<<<<< HEAD
-=======
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -95,7 +86,6 @@ def environment() -> Any:
                 raise jinja2.exceptions.SecurityError(f"{operator} with a result of more than {LONGEST} parts")
             return super().call_binop(context, operator, left, right)
 
->>>>>>> 58867d12d02e2fb56964f5d641bb7bc734773d4e
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
