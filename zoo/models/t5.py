@@ -101,7 +101,7 @@ class T5Config:
         return T5(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
-        """FLOPs of the forward pass of one example, a multiply-add being two: matrix products alone.
+        """FLOPs of the forward pass of one example, a multiply-add being two: matrix products alone, hidden pairs not.
 
         shape: (S, T), tokens of the source and of the decoder; (T,) stands for as many of both.
         """
