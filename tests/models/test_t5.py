@@ -47,15 +47,12 @@ COUNTS = {
     "mt5-large": 973_466_624 + 250_112 * 1024,
     "mt5-xl": 3_230_390_272 + 250_112 * 2048,
     "mt5-xxl": 11_896_598_528 + 250_112 * 4096,
+    "t5-v1_1-small": 60_511_616 + 32_128 * 512,
+    "t5-v1_1-base": 222_903_552 + 32_128 * 768,
+    "t5-v1_1-large": 750_251_008 + 32_128 * 1024,
+    "t5-v1_1-xl": 2_783_959_040 + 32_128 * 2048,
+    "t5-v1_1-xxl": 11_003_736_064 + 32_128 * 4096,
 }
-for released in ("t5-v1_1", "flan-t5"):
-    COUNTS |= {
-        f"{released}-small": 60_511_616 + 32_128 * 512,
-        f"{released}-base": 222_903_552 + 32_128 * 768,
-        f"{released}-large": 750_251_008 + 32_128 * 1024,
-        f"{released}-xl": 2_783_959_040 + 32_128 * 2048,
-        f"{released}-xxl": 11_003_736_064 + 32_128 * 4096,
-    }
 
 
 @functools.cache
@@ -82,6 +79,11 @@ def logits_of(model: T5, sources: jax.Array, tokens: jax.Array, **arguments: Any
 @pytest.mark.parametrize(("name", "count"), COUNTS.items())
 def test_presets_have_the_published_parameters(name, count) -> None:
     assert models.parameter_count(models.preset(name)) == count
+
+
+def test_flan_t5_is_a_t5_1_1_trained_further() -> None:
+    for size in ("small", "base", "large", "xl", "xxl"):
+        assert models.preset(f"flan-t5-{size}") == models.preset(f"t5-v1_1-{size}")
 
 
 def published_bucket(distance: np.ndarray, both_sides: bool, count: int, max_distance: int) -> np.ndarray:
