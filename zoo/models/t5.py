@@ -101,7 +101,7 @@ class T5Config:
         return T5(self, rngs=rngs)
 
     def forward_flops(self, shape: tuple[int, ...]) -> float:
-        """FLOPs of the forward pass of one example, a multiply-add being two: matrix products alone.
+        """FLOPs of the forward pass of one example, a multiply-add being two: matrix products alone, hidden pairs not.
 
         shape: (S, T), tokens of the source and of the decoder; (T,) stands for as many of both.
         """
@@ -190,9 +190,10 @@ class T5Config:
             "is_gated_act": self.gated,
             "layer_norm_epsilon": self.norm_epsilon,
             "dropout_rate": self.dropout,
-            "scale_decoder_outputs": self.scaled,
             "tie_word_embeddings": self.tied,
-        } | self.special_tokens.to_published()
+            **({"scale_decoder_outputs": self.scaled} if self.model_type == "t5" else {}),
+            **self.special_tokens.to_published(),
+        }
 
     def with_tensors(self, names: Collection[str]) -> "T5Config":
         """As a file with these tensors has it: its config.json does not say whether the head is one of its own."""
