@@ -11,7 +11,7 @@ from flax import nnx
 
 from zoo import models, sharding
 from zoo.layers.linear import LayerError
-from zoo.models.published import PublishedError
+from zoo.models.published import PublishedError, SpecialTokens
 from zoo.models.t5 import T5, RelativeBias, T5Config, bucket
 
 TINY = T5Config(
@@ -210,6 +210,23 @@ def test_configs_come_back(name) -> None:
     names = ["shared.weight"] if config.tied else ["shared.weight", "lm_head.weight"]
     found = models.published_config(config.to_published()).with_tensors(names)
     assert found == dataclasses.replace(config, num_decoder_layers=config.num_layers)
+
+
+def test_no_field_is_taken_for_its_default() -> None:
+    special = SpecialTokens(eos=(5,), pad=3, start=4)
+    config = dataclasses.replace(TINY, norm_epsilon=1e-5, dropout=0.25, activation="relu", special_tokens=special)
+    fields = config.to_published()
+    assert (fields["layer_norm_epsilon"], fields["dropout_rate"], fields["feed_forward_proj"]) == (
+        1e-5,
+        0.25,
+        "gated-relu",
+    )
+    assert models.published_config(fields).with_tensors({"lm_head.weight"}) == config
+    model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    blocks = (model.encoder.blocks[0], model.decoder.blocks[0])
+    norms = [model.encoder_norm, model.decoder_norm, blocks[1].cross_norm]
+    norms += [norm for block in blocks for norm in (block.attention_norm, block.feedforward_norm)]
+    assert {norm.epsilon for norm in norms} == {1e-5}
 
 
 PUBLISHED = {name: models.preset(name).to_published() for name in ("t5-small", "t5-v1_1-small", "mt5-small")}
