@@ -64,6 +64,15 @@ EVEN |= {"decoder_mlp_width": 48}
 HEAD = "| published class | preset | its parameters | parity | round trip | cached | sharded | v5e:2x4 | speed |"
 
 
+OUTPUTS = {
+    "logits": lambda out: out.logits,
+    "hidden": lambda out: out.hidden if hasattr(out, "hidden") else out.intermediates.hidden[-1],
+    "pooled": lambda out: out.pooled,
+    "next_sentence": lambda out: out.next_sentence,
+}
+"""Golden outputs that are compared, and where a module gives them."""
+
+
 class Row(NamedTuple):
     """One line of the table."""
 
@@ -102,14 +111,15 @@ class Case(NamedTuple):
         return (g["tokens"],), {name: g[name] for name in names if name in g}
 
     def expected(self) -> dict[str, np.ndarray]:
-        """Outputs by their names in the module's own output, zero where they do not count."""
+        """Outputs by their names in OUTPUTS, zero where they do not count."""
         found = {name.removeprefix("out_"): x for name, x in self.golden.items() if name.startswith("out_")}
         found = {"logits": self.golden["logits"]} if "logits" in self.golden else found
-        return {
-            name: self.counted(x)
-            for name, x in found.items()
-            if name in ("logits", "hidden", "pooled", "next_sentence")
-        }
+        for states in ("hidden_states", "hidden"):  # Of every layer, the last being an output.
+            of_all = "sources" in self.golden or ("hidden" not in found and "targets" not in self.golden)
+            if states in found and of_all:
+                found["hidden"] = found[states][-1]
+                break
+        return {name: self.counted(x) for name, x in found.items() if name in OUTPUTS}
 
     def counted(self, x: Any) -> np.ndarray:
         """`x`, zero where a token only pads, of outputs by token; BERT's and XLNet's published losses count all."""
@@ -134,6 +144,7 @@ def call(model: Any, case: Case) -> Any:
     if "before" in case.golden:  # XLNet's memories of an earlier segment.
         before = case.golden["before"]
         named = named | {"memories": model(before, memories=model.init_memories(len(before))).memories}
+    named = named | ({"return_intermediates": True} if "sources" in case.golden else {})
     return jax.jit(lambda model: model(*positional, **named))(model)
 
 
@@ -144,7 +155,7 @@ def difference(a: Any, b: np.ndarray) -> float:
 def parity(case: Case) -> str:
     out = call(zoo.from_pretrained(case.folder), case)
     expected = case.expected()
-    return f"{max(difference(case.counted(getattr(out, name)), x) for name, x in expected.items()):.0e}"
+    return f"{max(difference(case.counted(OUTPUTS[name](out)), x) for name, x in expected.items()):.0e}"
 
 
 def round_trip(case: Case) -> str:
@@ -188,9 +199,8 @@ def cached(case: Case) -> str:
 def sharded(case: Case) -> str:
     """On data=2,fsdp=2,tensor=2 against one device: the case's class in sizes that divide, four rows of its inputs."""
     config = models.published_config(case.fields)
-    config = dataclasses.replace(
-        config, **{n: size for n, size in EVEN.items() if getattr(config, n, None) is not None}
-    )
+    fields = {field.name for field in dataclasses.fields(config) if getattr(config, field.name) is not None}
+    config = dataclasses.replace(config, **{name: size for name, size in EVEN.items() if name in fields})
     count = len(case.given[0][0])
     rows = {n: np.concatenate([x] * 4)[:4] if x.ndim and len(x) == count else x for n, x in case.golden.items()}
     four, mesh = case._replace(golden=rows), sharding.make_mesh("data=2,fsdp=2,tensor=2")
