@@ -67,7 +67,7 @@ def compare(name: str, folder: Path, options: argparse.Namespace) -> None:
 
 
 def write(name: str, folder: Path) -> int:
-    """Writes a model in float32, with weights large enough for its choices to be clear; returns its bytes."""
+    """Writes a model in float32; returns its bytes."""
     import jax
     from flax import nnx
 

@@ -142,7 +142,14 @@ def main() -> None:
         if options.save:
             RESULTS.parent.mkdir(exist_ok=True)
             with RESULTS.open("a") as file:
-                setting = {"model": model, "dtype": dtype, "cores": os.cpu_count(), "huge_pages": options.huge_pages}
+                setting = {
+                    "model": model,
+                    "dtype": dtype,
+                    "batch": options.batch,
+                    "length": options.length,
+                    "cores": os.cpu_count(),
+                    "huge_pages": options.huge_pages,
+                }
                 setting |= {"jax": version("jax"), "date": datetime.date.today().isoformat()}
                 file.write(json.dumps(setting | results) + "\n")
 

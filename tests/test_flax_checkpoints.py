@@ -59,6 +59,7 @@ BAD = {
     "objects": (lambda tree: extension([1], "object", b"abcdefgh"), "dtype 'object', and weights are"),
     "no triple": (lambda tree: msgpack.packb({"a": msgpack.ExtType(1, msgpack.packb([1]))}), "without shape, dtype"),
     "another type": (lambda tree: msgpack.packb({"a": msgpack.ExtType(42, b"x")}), "type 42, which is no array"),
+    "no map": (lambda tree: msgpack.packb([1, 2]), "holds a list: a model's tree is a map of names"),
     "a number": (lambda tree: msgpack.packb({"a": 3}), "holds a int at 'a'"),
     "numbers as names": (lambda tree: msgpack.packb({1: {}}), "no whole MessagePack file"),
     "one missing": (lambda tree: tree["transformer"].pop("wpe") and None, "missing: transformer.wpe.weight"),
@@ -99,7 +100,7 @@ def test_what_a_person_gets_wrong(tmp_path, capsys) -> None:
         ([str(FOLDER / "gpt2")], "zoo: zoo convert takes a folder to read and one to write, and got 1 arguments"),
         ([str(tmp_path / "none"), "out"], "is not there: a published model's folder holds one"),
         ([str(tmp_path / "t"), "out"], "has model_type 'roberta', and what is converted is bert, gpt2, t5"),
-        ([str(FOLDER / "gpt2"), str(FOLDER / "bert_none")], "holds a model already"),
+        ([str(FOLDER / "gpt2"), str(FOLDER / "bert_none")], "is there and not an empty folder: name another"),
     ):
         assert main(["convert", *arguments]) == (2 if arguments else 0)
         told = capsys.readouterr()

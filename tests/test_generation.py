@@ -145,6 +145,10 @@ def test_a_sharded_model_decodes_alike(greedy) -> None:
          "max_length 64: shorten the prompt or ask for at most 14"),
         ([[1], []], {}, "prompt 1 is empty: give at least one token, such as the end of a text"),
         ([], {}, "no prompts given: give at least one"),
+        ([5, 9, 2], {}, "prompts are no rows of whole numbers: give a list of lists of token ids"),
+        ([[5.7, 9]], {}, "prompts are no rows of whole numbers: give a list of lists of token ids"),
+        ([[1]], {"max_new_tokens": 3.0}, "max_new_tokens 3.0 is no whole number: ask for at least one"),
+        ([[1]], {"temperature": 1e-40}, "temperature 1e-40 is too small to divide by: 0 is greedy"),
         ([[1, 150]], {}, "prompt 0 has token 150: the vocabulary is 0 to 149"),
         ([[1]], {"max_new_tokens": 0}, "max_new_tokens 0 is below 1: ask for at least one"),
         ([[1]], {"temperature": -1.0}, "temperature -1.0 is no finite number from 0: 0 is greedy, "

@@ -1,8 +1,9 @@
 """Beam search: the likeliest continuations, found W at a time, with a cache and compiled once.
 
-The search is that of Hugging Face's `generate(num_beams=W)`. At each step the continuations of all beams compete; one
-that ends with a stop token and is among the W best leaves the beam for the W best that ended, whose scores are divided
-by their length to the power of a penalty (Wu et al. 2016, arXiv 1609.08144, section 7, has a like one).
+The search is that of Hugging Face's `generate(num_beams=W)`, without its rules of n-grams and least lengths. At each
+step the continuations of all beams compete; one that ends with a stop token and is among the W best leaves the beam for
+the W best that ended, whose scores are divided by their length to the power of a penalty (Wu et al. 2016, arXiv
+1609.08144, section 7, has a like one).
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """Chat templates of published folders: Jinja text that turns messages into the text that a model was trained on.
 
 They come from whoever published the model, so they run in Jinja's sandbox, over plain JSON values: a template reads
-what it is given, changes none of it, and reaches no Python. Loops within loops can still take long.
+what it is given, changes none of it, and reaches no Python. What it makes by repeating is bounded; loops within loops,
+wide formats, and texts that double in a loop can still take long and much memory.
 """
 
 import datetime
@@ -86,11 +87,16 @@ def environment() -> Any:
                 raise jinja2.exceptions.SecurityError(f"{operator} with a result of more than {LONGEST} parts")
             return super().call_binop(context, operator, left, right)
 
+        def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+            padding = isinstance(obj, str) and attr in ("center", "ljust", "rjust", "zfill")
+            return not padding and super().is_safe_attribute(obj, attr, value)
+
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
     made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     made.filters["tojson"] = to_json
+    del made.filters["center"]  # Pads to any width; no published template is known to.
     made.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,

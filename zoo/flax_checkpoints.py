@@ -19,16 +19,15 @@ import numpy as np
 
 from zoo.models import published_config
 from zoo.pretrained import SHARD_BYTES, wanted_tensors
-from zoo.published_folder import FLOATS, PretrainedError, Writer, holds_model, read_json
+from zoo.published_folder import FLOATS, PretrainedError, Writer, read_json
 
 WEIGHTS = "flax_model.msgpack"
 INDEX = "flax_model.msgpack.index.json"
 MODEL_TYPES = ("bert", "gpt2", "t5")
 """What is converted: those whose Flax names differ from the torch ones by rule alone."""
 
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.txt", "vocab.json", "merges.txt")
-BESIDE += ("spiece.model", "generation_config.json")
-"""What a folder holds besides, copied as it is."""
+BESIDE = ("*.json", "*.txt", "*.model", "*.jinja")
+"""What a folder holds besides, copied as it is: what tokenizers and generation read."""
 
 _ARRAY, _NUMBER = 1, 3  # Flax's extension types; its complex numbers are none of a model's.
 _CHUNKED = "__msgpack_chunked_array__"
@@ -42,8 +41,8 @@ def convert(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, A
     nothing is written.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    if holds_model(target):
-        raise PretrainedError(f"{target} holds a model already: name another folder, or move that one away")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise PretrainedError(f"{target} is there and not an empty folder: name another, or move that one away")
     fields = _fields(source)
     tensors = {torch_name(path): value for path, value in arrays(source)}
     tensors = {name: value.T if kernel else value for (name, kernel), value in tensors.items()}
@@ -52,9 +51,9 @@ def convert(source: str | os.PathLike, target: str | os.PathLike) -> dict[str, A
     writer = Writer(target, SHARD_BYTES)
     for name, value in tensors.items():
         writer.add(name, np.ascontiguousarray(value))
-    for name in BESIDE:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    for path in (path for pattern in BESIDE for path in sorted(source.glob(pattern))):
+        if path.name not in ("config.json", INDEX):
+            shutil.copyfile(path, target / path.name)
     dtypes = {str(value.dtype) for value in tensors.values()}
     fields |= {"dtype": "float32" if len(dtypes) > 1 else dtypes.pop()}
     writer.finish(fields)
@@ -67,7 +66,11 @@ def _fields(source: Path) -> dict[str, Any]:
         raise PretrainedError(
             f"{source} has model_type {fields.get('model_type')!r}, and what is converted is {', '.join(MODEL_TYPES)}"
         )
-    named = fields.get("architectures") or []
+    named = fields.get("architectures")
+    if not isinstance(named, list):
+        raise PretrainedError(
+            f"{source / 'config.json'} has architectures {named!r}: write the class into a list there"
+        )
     return fields | {"architectures": [str(name).removeprefix("Flax") for name in named]}
 
 
@@ -132,6 +135,8 @@ def _array(path: Path, content: bytes) -> np.ndarray:
 
 
 def _leaves(file: Path, path: tuple[str, ...], tree: Any) -> Iterator[tuple[tuple[str, ...], np.ndarray]]:
+    if not path and not isinstance(tree, dict):
+        raise PretrainedError(f"{file} holds a {type(tree).__name__}: a model's tree is a map of names")
     if isinstance(tree, np.ndarray):
         yield path, tree
         return

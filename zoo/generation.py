@@ -9,10 +9,11 @@ each row stands left-aligned and has its own length, the cache's slots behind it
 """
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class Sampling:
             raise GenerationError(
                 f"temperature {self.temperature} is no finite number from 0: 0 is greedy, 1 the model's distribution"
             )
+        if 0 < self.temperature < 1e-6:
+            raise GenerationError(f"temperature {self.temperature} is too small to divide by: 0 is greedy")
         if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
             raise GenerationError(f"top_k {self.top_k} is not within 1 and the vocabulary's size {vocab_size}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
@@ -291,6 +294,8 @@ def check_request(
 ) -> Sequence[Sequence[int]]:
     """The prompts; raises GenerationError where there are none that the model can continue by `new` tokens."""
     config = model.config
+    if not (hasattr(model, "init_cache") or hasattr(model, "read")):
+        raise GenerationError(f"a {type(model).__name__} generates nothing: it keeps no cache of what it read")
     if (sources is not None) != hasattr(model, "encode"):
         raise GenerationError(
             "sources given to a model without an encoder: give prompts"
@@ -298,7 +303,7 @@ def check_request(
             else "no sources given to a model with an encoder: give what it reads as sources=, one for each row"
         )
     if sources is not None:
-        _check_rows("source", config, sources, 0, getattr(config, "source_vocab_size", None))
+        sources = checked_rows("source", config, sources, 0, getattr(config, "source_vocab_size", None))
         start = config.special_tokens.start
         if prompts is None and start is None:
             raise GenerationError(
@@ -307,14 +312,22 @@ def check_request(
         prompts = [[start]] * len(sources) if prompts is None else prompts
         if len(prompts) != len(sources):
             raise GenerationError(f"{len(prompts)} prompts for {len(sources)} sources: give as many of both")
+    if not isinstance(new, SupportsIndex):
+        raise GenerationError(f"max_new_tokens {new} is no whole number: ask for at least one")
     if new < 1:
         raise GenerationError(f"max_new_tokens {new} is below 1: ask for at least one")
-    _check_rows("prompt", config, prompts or (), new)
-    return prompts or ()
+    return checked_rows("prompt", config, () if prompts is None else prompts, new)
 
 
-def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int, vocab_size: int | None = None) -> None:
+def checked_rows(
+    kind: str, config: Any, rows: Sequence[Sequence[int]], new: int, vocab_size: int | None = None
+) -> list[list[int]]:
+    """Rows of token ids as lists; raises GenerationError for those that a model cannot take."""
     vocabulary = config.vocab_size if vocab_size is None else vocab_size
+    try:
+        rows = [[operator.index(token) for token in row] for row in rows]
+    except TypeError:
+        raise GenerationError(f"{kind}s are no rows of whole numbers: give a list of lists of token ids") from None
     if not rows:
         raise GenerationError(f"no {kind}s given: give at least one")
     for row, tokens in enumerate(rows):
@@ -331,3 +344,4 @@ def _check_rows(kind: str, config: Any, rows: Sequence[Sequence[int]], new: int,
         unknown = [token for token in tokens if not 0 <= token < vocabulary]
         if unknown:
             raise GenerationError(f"{kind} {row} has token {unknown[0]}: the vocabulary is 0 to {vocabulary - 1}")
+    return rows

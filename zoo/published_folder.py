@@ -98,7 +98,7 @@ def holds_model(folder: Path) -> bool:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PretrainedError(f"{path} is not there: a published model's folder holds one") from None
     except ValueError as problem:

@@ -111,7 +111,10 @@ class Settings:
         """The name and text of the template for "tool_use", or "default", which stands in where there is none such."""
         path = self.folder / "chat_template.jinja"
         if path.exists():
-            return str(path), path.read_text(encoding="utf-8")
+            try:
+                return str(path), path.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise PretrainedError(f"{path} is no UTF-8 text: fetch it again") from None
         found = self.fields.get("chat_template")
         if isinstance(found, list):
             named = {fields.get("name"): fields.get("template") for fields in found if isinstance(fields, dict)}

@@ -20,7 +20,8 @@ from zoo.train.experiment import UserError
 HELP = f"""\
 usage: zoo eject FAMILY > FILE
 
-Prints one family of models, with the layers it uses, as a Python file of its own. It needs jax, flax and numpy.
+Prints one family of models, with the layers it uses, as a Python file of its own. It needs jax, flax, numpy and
+einops.
 Families: {", ".join(FAMILIES)}
 
   zoo eject gpt > my_gpt.py
@@ -198,14 +199,22 @@ class Uses(ast.NodeVisitor):
         for outside in (*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)):
             self.visit(outside)
         for argument in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs):
-            if argument.annotation is not None:
-                self.visit(argument.annotation)
-        if node.returns is not None:
-            self.visit(node.returns)
+            self._annotation(argument.annotation)
+        self._annotation(node.returns)
         self.local.append(_locals(node))
         for statement in node.body:
             self.visit(statement)
         self.local.pop()
+
+    def _annotation(self, node: ast.expr | None) -> None:
+        """A class is named in quotes within its own body."""
+        for one in ast.walk(node) if node is not None else ():
+            if isinstance(one, ast.Constant) and isinstance(one.value, str):
+                new = self.new_name(one.value)
+                if new is not None and new != one.value:
+                    self.edits.append((one.lineno, one.col_offset + 1, one.col_offset + 1 + len(one.value), new))
+        if node is not None:
+            self.visit(node)
 
     def visit_Lambda(self, node: ast.Lambda) -> None:
         self.local.append(_locals(node))

@@ -196,8 +196,11 @@ class T5Config:
         }
 
     def with_tensors(self, names: Collection[str]) -> "T5Config":
-        """As a file with these tensors has it: its config.json does not say whether the head is one of its own."""
-        return dataclasses.replace(self, tied="lm_head.weight" not in names)
+        """As a file with these tensors has it: its config.json does not say whether the head is one of its own.
+
+        Where states are scaled, as for the embeddings, a head in the file is a copy of them, which reading checks.
+        """
+        return dataclasses.replace(self, tied=self.scaled or "lm_head.weight" not in names)
 
     def published_layout(self) -> Layout:
         return _layout(self)

@@ -121,6 +121,8 @@ class TransformerConfig:
     def forward_flops(self, shape: tuple[int, ...]) -> float:
         """FLOPs of the forward pass of one example, a multiply-add being two: matrix products alone.
 
+        Pairs that the decoder's mask hides are not counted.
+
         shape: (S, T), tokens of the source and of the decoder; (T,) stands for as many of both.
         """
         source, length = shape if len(shape) == 2 else (*shape, *shape)
@@ -129,7 +131,7 @@ class TransformerConfig:
         decoder_layers, _, hidden = self.sizes(decoding=True)
         # Queries and the output of cross-attention are the decoder's, its keys and values the source's.
         decoder = (6 * length + 2 * source) * self.width**2 + length * 2 * self.width * hidden
-        decoder += 2 * (length**2 + length * source) * self.width
+        decoder += (length**2 + 2 * length * source) * self.width
         return 2.0 * (layers * encoder + decoder_layers * decoder + length * self.width * self.vocab_size)
 
     @classmethod
