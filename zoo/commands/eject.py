@@ -7,6 +7,7 @@ calls by its module's name: these take that name in front.
 
 import ast
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -208,11 +209,12 @@ class Uses(ast.NodeVisitor):
 
     def _annotation(self, node: ast.expr | None) -> None:
         """A class is named in quotes within its own body."""
-        for one in ast.walk(node) if node is not None else ():
-            if isinstance(one, ast.Constant) and isinstance(one.value, str):
-                new = self.new_name(one.value)
-                if new is not None and new != one.value:
-                    self.edits.append((one.lineno, one.col_offset + 1, one.col_offset + 1 + len(one.value), new))
+        quoted = [one for one in ast.walk(node) if isinstance(one, ast.Constant)] if node is not None else []
+        for one in (one for one in quoted if isinstance(one.value, str)):
+            for word in re.finditer(r"\w+", one.value):
+                new, start = self.new_name(word[0]), one.col_offset + 1
+                if new is not None and new != word[0]:
+                    self.edits.append((one.lineno, start + word.start(), start + word.end(), new))
         if node is not None:
             self.visit(node)
 

@@ -204,10 +204,10 @@ class TransformerConfig:
         } | self.special_tokens.to_published()
         back = dataclasses.replace(type(self).from_published(fields), remat=self.remat, precision=self.precision)
         # What those families have one value of is in no field of theirs.
-        for field in dataclasses.fields(self):
-            found, theirs = getattr(self, field.name), getattr(back, field.name)
-            if found != theirs and not (field.name in _DECODERS and found is None):
-                raise PublishedError(f"{field.name} {found!r}: a published {self.model_type} has {theirs!r}")
+        for name in (one.name for one in dataclasses.fields(self)):
+            found, theirs = getattr(self, name), getattr(back, name)
+            if found != theirs and not (name in _DECODERS and found is None):
+                raise PublishedError(f"{name} {found!r}: a published {self.model_type} has {theirs!r}")
         return fields
 
     def with_tensors(self, names: Collection[str]) -> "TransformerConfig":
