@@ -209,12 +209,12 @@ class Uses(ast.NodeVisitor):
 
     def _annotation(self, node: ast.expr | None) -> None:
         """A class is named in quotes within its own body."""
-        quoted = [one for one in ast.walk(node) if isinstance(one, ast.Constant)] if node is not None else []
-        for one in (one for one in quoted if isinstance(one.value, str)):
-            for word in re.finditer(r"\w+", one.value):
-                new, start = self.new_name(word[0]), one.col_offset + 1
-                if new is not None and new != word[0]:
-                    self.edits.append((one.lineno, start + word.start(), start + word.end(), new))
+        for one in ast.walk(node) if node is not None else ():
+            if isinstance(one, ast.Constant) and isinstance(one.value, str):
+                for word in re.finditer(r"\w+", one.value):
+                    new, start = self.new_name(word[0]), one.col_offset + 1
+                    if new is not None and new != word[0]:
+                        self.edits.append((one.lineno, start + word.start(), start + word.end(), new))
         if node is not None:
             self.visit(node)
 
