@@ -216,10 +216,12 @@ def sharded(case: Case) -> str:
 
 def compiled(kind: str, config: Any) -> str:
     """GiB a chip of the training step of a preset, or why there is none."""
-    if models.parameter_count(config) > 2e9:
-        # With AdamW's moments 16 bytes a parameter: such a model needs more chips than these.
-        layers = config.num_layers // 4
-        return f"{compiled(kind, dataclasses.replace(config, num_layers=layers))} ({layers} layers)"
+    # With AdamW's moments 16 bytes a parameter: a larger model needs more chips than these.
+    cut = config
+    while models.parameter_count(cut) > 2e9:
+        cut = dataclasses.replace(cut, num_layers=cut.num_layers // 4)
+    if cut != config:
+        return f"{compiled(kind, cut)} ({cut.num_layers} of {config.num_layers} layers)"
     tpu.prepare()
     try:
         from jax.experimental import topologies
