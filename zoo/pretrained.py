@@ -64,9 +64,9 @@ def from_pretrained(
         precision = dataclasses.replace(config.precision, parameters=dtype, compute=dtype)
         config = dataclasses.replace(config, precision=precision)
     tensors = Tensors(folder, config.published_layout())
-    if hasattr(config, "with_tensors"):
-        config = config.with_tensors(tensors.found)
-        tensors = Tensors(folder, config.published_layout())
+    told = config.with_tensors(tensors.found) if hasattr(config, "with_tensors") else config
+    if told != config:
+        config, tensors = told, Tensors(folder, told.published_layout())
     model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
     return load(model, tensors, dtype, layouts(model, mesh, rules))
 

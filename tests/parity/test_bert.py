@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close, assert_same, cross_entropy, gradient_norms
 from safetensors.numpy import load_file, save_file
 
 from zoo import sharding
 from zoo.models import preset
 from zoo.models.bert import HEADS, Bert, BertOutput
-from zoo.pretrained import PretrainedError, from_pretrained, gathered, groups, save_pretrained
+from zoo.pretrained import PretrainedError, from_pretrained, save_pretrained
 
 FOLDER = Path(__file__).parent / "bert"
-
-
-def cross_entropy(logits: jax.Array, labels: np.ndarray, ignored: int = -100) -> jax.Array:
-    counted = labels != ignored
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(counted, labels, 0)[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(counted, picked, 0)) / counted.sum()
 
 
 def loss(head: str, out: BertOutput, golden: dict[str, Any]) -> jax.Array:
@@ -40,11 +34,6 @@ def loss(head: str, out: BertOutput, golden: dict[str, Any]) -> jax.Array:
     if head == "pretraining":
         return words + cross_entropy(out.next_sentence, golden["next_sentence_label"])  # pyright: ignore
     return words
-
-
-def assert_close(found: Any, expected: Any, name: str) -> None:
-    atol = 2e-5 * max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -67,11 +56,7 @@ def test_scores_loss_and_gradients_agree(head) -> None:
             assert_close(getattr(out, name), golden[f"out_{name}"], name)
     assert_close(value, golden["loss"], "loss")
     expected = json.loads((FOLDER / head / "gradients.json").read_text())
-    norms = {
-        tensor.name: float(np.linalg.norm(gathered(group, tensor)))
-        for group in groups(gradient, model.config.published_layout().weights)
-        for tensor in group.tensors
-    }
+    norms = gradient_norms(gradient)
     assert norms.keys() == expected.keys()
     for name, norm in expected.items():
         assert_close(norms[name], norm, name)
@@ -85,12 +70,6 @@ def test_what_was_read_is_written_back_bit_for_bit(head, tmp_path) -> None:
     assert ours == {name: theirs[name] for name in ours}
     means_nothing_here = {"add_cross_attention", "initializer_range", "is_decoder", "transformers_version", "use_cache"}
     assert theirs.keys() - ours.keys() == means_nothing_here
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
 
 
 def older(tmp_path: Path, **changes: np.ndarray) -> Path:

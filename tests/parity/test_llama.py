@@ -2,17 +2,17 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import gradient_norms
 from safetensors.numpy import load_file, save_file
 
 from zoo.generation import generate
 from zoo.models.llama import Llama
-from zoo.pretrained import by_path, from_pretrained, groups, save_pretrained
+from zoo.pretrained import by_path, from_pretrained, save_pretrained
 
 FOLDER = Path(__file__).parent
 CASES = ("llama", "mistral", "qwen2", "qwen3")
@@ -31,16 +31,6 @@ def loss(model: Llama, tokens: jax.Array, mask: jax.Array) -> tuple[jax.Array, j
     return (nll * mask[:, 1:]).sum() / mask[:, 1:].sum(), logits
 
 
-def norms(gradient: Any) -> dict[str, float]:
-    """L2 norms by the names of the published tensors."""
-    return {
-        tensor.name: float(np.sqrt(sum(np.square(part, dtype=np.float64).sum() for part in parts)))
-        for group in groups(gradient, gradient.config.published_layout().weights)
-        for tensor in group.tensors
-        for parts in [[v[...] if tensor.row is None else v[tensor.row] for v in group.variables.values()]]
-    }
-
-
 def test_logits_loss_and_gradients_agree(case) -> None:
     _, model, golden = case
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
@@ -49,7 +39,7 @@ def test_logits_loss_and_gradients_agree(case) -> None:
     tolerance = 2e-5 * max(1.0, float(np.abs(expected[real]).max()))
     np.testing.assert_allclose(np.asarray(logits)[real], expected[real], rtol=0, atol=tolerance)
     np.testing.assert_allclose(value, golden["loss"], rtol=2e-5)
-    found = norms(gradient)
+    found = gradient_norms(gradient)
     assert found.keys() == set(golden["gradient_names"].tolist())
     for name, norm in zip(golden["gradient_names"].tolist(), golden["gradient_norms"], strict=True):
         assert abs(found[name] - norm) <= 2e-5 * max(1.0, norm), name

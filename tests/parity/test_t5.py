@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close, assert_same, gradient_norms
 from safetensors.numpy import load_file, save_file
 
 from zoo.beam_search import beam_search
 from zoo.generation import generate
 from zoo.models.t5 import T5
-from zoo.pretrained import from_pretrained, gathered, groups, save_pretrained
+from zoo.pretrained import from_pretrained, save_pretrained
 
 FOLDER = Path(__file__).parent / "t5"
 CASES = ("t5", "t5_v1_1", "mt5")
@@ -24,11 +25,6 @@ NEW = 12
 def case(request) -> tuple[str, T5, dict[str, np.ndarray]]:
     folder = FOLDER / request.param
     return request.param, from_pretrained(folder), dict(np.load(folder / "golden.npz"))
-
-
-def assert_close(found: Any, expected: Any, name: str) -> None:
-    atol = 2e-5 * max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=name)
 
 
 def loss(model: T5, golden: dict[str, np.ndarray]) -> tuple[jax.Array, Any]:
@@ -52,11 +48,7 @@ def test_states_attention_scores_loss_and_gradients_agree(case) -> None:
     assert_close(out.logits, golden["out_logits"], "logits")
     assert_close(value, golden["out_loss"], "loss")
     expected = json.loads((FOLDER / name / "gradients.json").read_text())
-    norms = {
-        tensor.name: float(np.linalg.norm(gathered(group, tensor)))
-        for group in groups(gradient, model.config.published_layout().weights)
-        for tensor in group.tensors
-    }
+    norms = gradient_norms(gradient)
     assert norms.keys() == expected.keys()
     for path, norm in expected.items():
         assert_close(norms[path], norm, path)
@@ -103,12 +95,6 @@ def test_what_was_read_is_written_back_bit_for_bit(case, tmp_path) -> None:
     means_nothing_here = {"classifier_dropout", "initializer_factor", "is_decoder", "transformers_version", "use_cache"}
     assert {field for field in theirs.keys() - ours.keys() if theirs[field] is not None} <= means_nothing_here
     assert from_pretrained(tmp_path).config == model.config
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
 
 
 def test_copies_and_the_unread_table_of_older_files_are_left_out(tmp_path) -> None:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close, assert_same, gradient_norms
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
@@ -16,7 +17,7 @@ from zoo.beam_search import beam_search
 from zoo.generation import generate
 from zoo.models.published import Layout, SpecialTokens, Weight, linear, norm
 from zoo.models.transformer import Transformer, TransformerConfig
-from zoo.pretrained import Tensors, from_pretrained, gathered, groups, layouts, load, save_pretrained
+from zoo.pretrained import Tensors, from_pretrained, layouts, load, save_pretrained
 
 FOLDER = Path(__file__).parent / "transformer"
 CASES = ("marian", "bart", "bart_bare")
@@ -88,11 +89,6 @@ def from_torch(folder: Path) -> Transformer:
     return load(model, Tensors(folder, torch_layout()), None, layouts(model, None, None))
 
 
-def assert_close(found: Any, expected: Any, name: str) -> None:
-    atol = 2e-5 * max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=name)
-
-
 def loss(case: str, model: Transformer, golden: dict[str, np.ndarray], **arguments: Any) -> tuple[jax.Array, Any]:
     out = model(golden["sources"], golden["tokens"], source_segments=golden["real"], **arguments)
     if case == "bart_bare":
@@ -107,11 +103,7 @@ def loss(case: str, model: Transformer, golden: dict[str, np.ndarray], **argumen
 
 def assert_gradients(gradient: Any, layout: Layout, folder: Path, fixed: set[str] = frozenset()) -> None:
     expected = json.loads((folder / "gradients.json").read_text())
-    norms = {
-        tensor.name: float(np.linalg.norm(gathered(group, tensor)))
-        for group in groups(gradient, layout.weights)
-        for tensor in group.tensors
-    }
+    norms = gradient_norms(gradient, layout)
     assert norms.keys() - expected.keys() <= fixed and expected.keys() <= norms.keys()
     for name, value in expected.items():
         assert_close(norms[name], value, name)
@@ -205,12 +197,6 @@ def test_what_was_read_is_written_back_bit_for_bit(case, tmp_path) -> None:
     means_nothing_here |= {"classifier_dropout", "id2label", "label2id"}
     assert theirs.keys() - ours.keys() <= means_nothing_here
     assert from_pretrained(tmp_path).config == model.config
-
-
-def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        assert found[name].dtype == value.dtype and found[name].tobytes() == value.tobytes(), name
 
 
 def test_copies_and_constants_of_older_files_are_read_and_left_out(tmp_path) -> None:

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close, gradient_norms
 from safetensors.numpy import load_file
 
 from zoo.models.vit import FORMS, ViT, ViTOutput
-from zoo.pretrained import from_pretrained, gathered, groups, save_pretrained
+from zoo.pretrained import from_pretrained, save_pretrained
 
 FOLDER = Path(__file__).parent / "vit"
 CASES = (
@@ -29,11 +30,6 @@ def loss(out: ViTOutput, golden: dict[str, Any]) -> jax.Array:
     if out.logits is not None:
         return -jnp.take_along_axis(jax.nn.log_softmax(out.logits), golden["labels"][:, None], -1).mean()
     return (out.hidden * golden["along_hidden"]).mean() + (out.pooled * golden["along_pooled"]).mean()
-
-
-def assert_close(found: Any, expected: Any, name: str) -> None:
-    atol = 2e-5 * max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -56,11 +52,7 @@ def test_outputs_loss_and_gradients_agree(case) -> None:
             assert_close(getattr(out, name), golden[f"out_{name}"], name)
     assert_close(value, golden["loss"], "loss")
     expected = json.loads((FOLDER / case / "gradients.json").read_text())
-    norms = {
-        tensor.name: float(np.linalg.norm(gathered(group, tensor)))
-        for group in groups(gradient, model.config.published_layout().weights)
-        for tensor in group.tensors
-    }
+    norms = gradient_norms(gradient)
     assert norms.keys() == expected.keys()
     for name, norm in expected.items():
         assert_close(norms[name], norm, name)

@@ -6,23 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from comparing import assert_close, cross_entropy, gradient_norms
 from safetensors.numpy import load_file
 
 from zoo.beam_search import beam_search
 from zoo.generation import generate
 from zoo.models.xlnet import HEADS, XLNet, XLNetOutput
-from zoo.pretrained import from_pretrained, gathered, groups, save_pretrained
+from zoo.pretrained import from_pretrained, save_pretrained
 
 FOLDER = Path(__file__).parent / "xlnet"
-
-
-def cross_entropy(logits: jax.Array, labels: np.ndarray, ignored: int = -100) -> jax.Array:
-    counted = labels != ignored
-    picked = jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.where(counted, labels, 0)[..., None], -1)[..., 0]
-    return -jnp.sum(jnp.where(counted, picked, 0)) / counted.sum()
 
 
 def loss(out: XLNetOutput, golden: dict[str, Any]) -> jax.Array:
@@ -35,12 +29,6 @@ def loss(out: XLNetOutput, golden: dict[str, Any]) -> jax.Array:
         return sum(cross_entropy(out.logits[..., i], at, beyond) for i, at in enumerate(ends)) / 2  # pyright: ignore
     answers = out.logits.shape == (3, 1)  # Rows are answers to one question.
     return cross_entropy(out.logits.T if answers else out.logits, golden["labels"])
-
-
-def assert_close(found: Any, expected: Any, name: str) -> None:
-    assert np.shape(found) == np.shape(expected), name
-    atol = 2e-5 * max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(np.asarray(found), expected, rtol=0, atol=atol, err_msg=name)
 
 
 @pytest.mark.parametrize("head", HEADS)
@@ -78,11 +66,7 @@ def test_scores_states_memories_loss_and_gradients_agree(head) -> None:
             assert_close(x, golden[f"out_{name}"], name)
     assert_close(value, golden["loss"], "loss")
     expected = json.loads((FOLDER / head / "gradients.json").read_text())
-    norms = {
-        tensor.name: float(np.linalg.norm(gathered(group, tensor)))
-        for group in groups(gradient, model.config.published_layout().weights)
-        for tensor in group.tensors
-    }
+    norms = gradient_norms(gradient)
     assert {name for name in norms.keys() - expected.keys() if norms[name] > 0} == set()
     for name, norm in expected.items():
         assert_close(norms[name], norm, name)
