@@ -135,6 +135,8 @@ class EncoderDecoder(nnx.Module):
         """
         if sum(given is not None for given in (sources, encoded, cache)) != 1:
             raise SequenceError("give one of sources, encoded and cache: what the decoder attends to")
+        if segments is not None and cache is not None:
+            raise SequenceError("segments given with a cache: a cached row is one text, so leave segments out")
         check_length(tokens.shape[1], self.config.max_length)
         encoder_key, embed_key, stack_key, end_key = split(key, 4)
         if sources is not None:
@@ -152,21 +154,13 @@ class EncoderDecoder(nnx.Module):
             assert encoded is not None
             context, context_segments, own = encoded.hidden, encoded.segments, None
             positions = jnp.arange(tokens.shape[1])[None] if segments is None else _restarted(segments)
-        if segments is None:
-            real = (context_segments != 0).astype(jnp.int32)
-            queries = (len(real), tokens.size // len(real))
-            context_mask = Mask(segments=(jnp.ones(queries, jnp.int32), real))
-        elif cache is not None:
-            raise SequenceError("segments given with a cache: a cached row is one text, so leave segments out")
-        else:
-            context_mask = Mask(segments=(segments, context_segments))
         x = self.embedded(tokens, positions, embed_key, decoding=True)
         x, own, seen = self.decoder(
             constrain(x, "act_batch", "act_length", "act_embed"),
             masks=[(mask or Mask()) & Mask(causal=True, segments=segments)],
             bias=self.bias(decoding=True),
             context=context,
-            context_mask=context_mask,
+            context_mask=_context_mask(tokens, segments, context_segments),
             cache=own,
             key=stack_key,
             return_intermediates=return_intermediates,
@@ -238,6 +232,14 @@ class EncoderDecoder(nnx.Module):
     def bias(self, *, decoding: bool) -> Bias | None:
         """Of the scores of self-attention in every block of the encoder, or of the decoder."""
         return None
+
+
+def _context_mask(tokens: jax.Array, segments: jax.Array | None, context_segments: jax.Array) -> Mask:
+    """Tokens [B, T] attend to their own text in a packed row, else to all that is real of a source [B / G, S]."""
+    if segments is not None:
+        return Mask(segments=(segments, context_segments))
+    real = (context_segments != 0).astype(jnp.int32)
+    return Mask(segments=(jnp.ones((len(real), tokens.size // len(real)), jnp.int32), real))
 
 
 def _restarted(segments: jax.Array) -> jax.Array:
