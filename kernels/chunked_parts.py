@@ -50,7 +50,7 @@ def cpu_sizes(problem: Problem, held: int) -> Sizes:
     rows are as many as a step may hold.
     """
     shape, limit = problem.shape, CPU_BYTES // held
-    if max(shape.queries, shape.keys) < 1024:
+    if max(shape.queries, shape.keys) < 512:
         return _fitting(problem, 128, 128, limit)
     group = shape.heads // shape.kv_heads
     return _fitting(problem, 512 if group == 1 else max(1, min(256, 2048 // group)), 256, limit)
