@@ -20,30 +20,67 @@ _HEADS = ("act_batch", "act_length", "act_heads", "act_head_dim")
 _KV_HEADS = ("act_batch", "act_length", "act_kv_heads", "act_head_dim")
 _SLOTS = ("act_batch", None, "act_kv_heads", "act_head_dim")
 
+_APPEND = jax.lax.ScatterDimensionNumbers(
+    update_window_dims=(1, 2, 3),
+    inserted_window_dims=(0,),
+    scatter_dims_to_operand_dims=(0, 2),
+    operand_batching_dims=(1,),
+    scatter_indices_batching_dims=(0,),
+)
+"""Windows [T, K, H] of each row written to [L, B, S, K, H], their corners given as (layer, slot), [B, 2]."""
 
-@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "lengths"), meta_fields=())
+
+@partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "lengths", "layer"), meta_fields=())
 @dataclass(frozen=True)
 class KVCache:
     """Keys and values seen so far. Row b holds `lengths[b]` of them, in its first slots; the others are not read.
 
     keys, values: [B, S, K, H].  lengths: [B] int32.  In the cache of a stack, each has a leading axis of layers.
+    layer: of such a cache, which one an attention appends to and reads, int32; None for the cache of one attention.
     """
 
     keys: jax.Array
     values: jax.Array
     lengths: jax.Array
+    layer: jax.Array | None = None
 
     def appended(self, keys: jax.Array, values: jax.Array) -> "KVCache":
-        """With keys and values [B, T, K, H] in the T slots after each row's length. There must be that many left."""
+        """With keys and values [B, T, K, H] in the T slots after each row's length. There must be that many left.
 
-        @jax.vmap
-        def write(slots: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice(slots, new.astype(slots.dtype), (start, 0, 0))
+        In the cache of a stack those slots alone are written, in place, where cutting the layer out and putting it back
+        would move all of it.
+        """
+        if self.layer is None:
+            stacked = KVCache(self.keys[None], self.values[None], self.lengths[None], jnp.int32(0))
+            return stacked.appended(keys, values).of_layer()
+        starts, added = self.lengths[self.layer], keys.shape[1]
+        corners = jnp.stack([jnp.broadcast_to(self.layer, starts.shape), starts], axis=-1)
 
-        added = keys.shape[1]
-        keys = constrain(write(self.keys, keys, self.lengths), *_SLOTS)
-        values = constrain(write(self.values, values, self.lengths), *_SLOTS)
-        return KVCache(keys, values, self.lengths + added)
+        def write(slots: jax.Array, new: jax.Array) -> jax.Array:
+            slots = jax.lax.scatter(
+                slots,
+                corners,
+                new.astype(slots.dtype),
+                _APPEND,
+                unique_indices=True,
+                mode=jax.lax.GatherScatterMode.CLIP,
+            )
+            return constrain(slots, None, *_SLOTS)
+
+        lengths = self.lengths.at[self.layer].add(added)
+        return dataclasses.replace(
+            self, keys=write(self.keys, keys), values=write(self.values, values), lengths=lengths
+        )
+
+    def of_layer(self, layer: jax.Array | None = None) -> "KVCache":
+        """The cache of one layer of a stack's, of `self.layer` unless given."""
+        index = self.layer if layer is None else layer
+        if index is None:
+            return self
+        keys, values, lengths = (
+            jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.keys, self.values, self.lengths)
+        )
+        return KVCache(keys, values, lengths)
 
     def cut(self, lengths: jax.Array) -> "KVCache":
         """With the first lengths [B] entries of each row alone: forgets padding that was appended after a prompt."""
@@ -148,7 +185,7 @@ class MultiHeadAttention(nnx.Module):
             raise LayerError("kv given with a cache, which is of self-attention: give keys_and_values(kv) as kv")
         q = constrain(_normalised(self.query(x), self.query_norm), *_HEADS)
         if kv is None:
-            start = 0 if cache is None else cache.lengths[:, None]
+            start = 0 if cache is None else cache.of_layer().lengths[:, None]
             slots = start + jnp.arange(x.shape[1])[None]
             k, v = self._project(x)
             if self.rotary is not None:
@@ -156,8 +193,9 @@ class MultiHeadAttention(nnx.Module):
                 q, k = self.rotary(q, positions), self.rotary(k, positions)
             if cache is not None:
                 cache = cache.appended(k, v)
-                k, v = cache.keys, cache.values
-                mask = mask & Mask(positions=(slots, jnp.arange(k.shape[1])[None]), lengths=cache.lengths)
+                held = cache.of_layer()
+                k, v = held.keys, held.values
+                mask = mask & Mask(positions=(slots, jnp.arange(k.shape[1])[None]), lengths=held.lengths)
         else:
             held = kv if isinstance(kv, KVCache) else self.keys_and_values(kv)
             k, v = held.keys, held.values

@@ -1,5 +1,6 @@
 """Transformer blocks, and stacks of them that compile as one block whatever their depth."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -226,18 +227,19 @@ class Stack(nnx.Module):
             for j, (block, mask) in enumerate(zip(blocks, masks, strict=True)):
                 layer = index * self.period + j
                 entering = x
-                x, updated, *weights = block(
+                # The cache is carried, not scanned over: a scan would hold both the old and the new one whole.
+                x, cache, *weights = block(
                     x,
                     mask=mask,
                     bias=bias,
-                    context=_layer(context, layer) if isinstance(context, KVCache) else context,
+                    context=context.of_layer(layer) if isinstance(context, KVCache) else context,
                     context_mask=context_mask,
-                    cache=_layer(cache, layer),
+                    cache=None if cache is None else dataclasses.replace(cache, layer=layer),
                     positions=positions,
                     key=None if keys is None else keys[j],
                     return_weights=return_intermediates,
                 )
-                cache = _with_layer(cache, updated, layer)
+                cache = None if cache is None else dataclasses.replace(cache, layer=None)
                 seen += [(entering, *weights)] if return_intermediates else []
             return (x, cache), seen
 
@@ -276,12 +278,3 @@ def with_layers_axis(stacked: Tree) -> Tree:
         return variable.replace(axes=("layers", *logical_axes(variable)))
 
     return jax.tree.map(one, stacked, is_leaf=is_variable)
-
-
-# The cache is carried, not scanned over: a scan would hold both the old and the new one whole.
-def _layer(cache: KVCache | None, layer: jax.Array) -> KVCache | None:
-    return jax.tree.map(lambda all: jax.lax.dynamic_index_in_dim(all, layer, keepdims=False), cache)
-
-
-def _with_layer(cache: KVCache | None, updated: KVCache | None, layer: jax.Array) -> KVCache | None:
-    return jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, layer, 0), cache, updated)
