@@ -25,6 +25,7 @@ from zoo.generation import (
     read,
     stops,
 )
+from zoo.layers.transformer import unstacked
 from zoo.sharding import constrain
 
 
@@ -91,7 +92,7 @@ def _search(
     # All beams are alike at first: the continuations of one compete.
     one = none._replace(scores=none.scores.at[:, 0].set(0.0))
     state = State(one, none, jnp.ones(batch_size, bool), cache.cut(prompts.lengths).repeated(num_beams))
-    special = model.config.special_tokens
+    model, special = unstacked(model), model.config.special_tokens
 
     def grow(state: State, logits: jax.Array, first: int | None = None) -> State:
         logp = allowed(jax.nn.log_softmax(logits), special, steps - state.running.lengths[0, 0], first)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.layers.transformer import unstacked
 from zoo.sharding import constrain
 
 Callback = Callable[[int, int], None]
@@ -239,6 +240,7 @@ def generate(
 
     padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
     state = _prefill(model, padded, padded_sources, np.int32(max_new_tokens), *options, slots=slots, first=first)
+    model = unstacked(model)
     if callback is None:
         state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
     else:

@@ -310,8 +310,8 @@ def run_relative(
     keys = None if key is None else jax.random.split(key, stack.num_layers)
     tokens = x.shape[1] - pairs.queries
 
-    def run_layer(x: jax.Array, of_layer: tuple) -> tuple[jax.Array, tuple]:
-        block, memory, key = of_layer
+    def run_layer(x: jax.Array, blocks: nnx.List, of_layer: tuple) -> tuple[jax.Array, tuple]:
+        (block,), (memory, key) = blocks, of_layer
         x = entering = saved(x, SAVED_BLOCK)
         x, weights = block(x, pairs, memory=memory, mask=mask, key=key, return_weights=return_intermediates)
         memory = None if memory is None else remember(memory, entering[:, :tokens])
@@ -319,7 +319,7 @@ def run_relative(
 
     if stack.remat != "none":
         run_layer = jax.checkpoint(run_layer, policy=REMAT_POLICIES[stack.remat], prevent_cse=False)
-    x, (memories, entering, weights) = jax.lax.scan(run_layer, x, (stack.blocks[0], memories, keys))
+    x, (memories, entering, weights) = stack.scan(run_layer, x, (memories, keys))
     if not return_intermediates:
         return RelativeOutput(x, memories, None)
     return RelativeOutput(x, memories, Intermediates(jnp.concatenate([entering, x[None]]), weights, None))

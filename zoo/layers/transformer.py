@@ -1,15 +1,16 @@
 """Transformer blocks, and stacks of them that compile as one block whatever their depth."""
 
+import copy
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from zoo.kernels import Bias, Mask
-from zoo.kernels.memory import saved
+from zoo.kernels.memory import platform, saved
 from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
@@ -17,6 +18,9 @@ from zoo.layers.linear import LayerError, Precision
 from zoo.sharding import constrain, is_variable, logical_axes
 
 Tree = TypeVar("Tree")
+
+UNSTACKED_BYTES = 2**31
+"""Weights that `unstacked` holds twice, at most."""
 
 SAVED_BLOCK = "block"
 SAVED_PRODUCTS = ("product",)
@@ -198,7 +202,7 @@ class Stack(nnx.Module):
             return nnx.List([make(block_rngs) for _ in range(period)])
 
         keys = jax.random.split(rngs.params(), num_layers // period)
-        self.blocks = with_layers_axis(jax.vmap(make_period)(keys))
+        self.blocks, self.unstacked = with_layers_axis(jax.vmap(make_period)(keys)), False
 
     def __call__(
         self,
@@ -220,9 +224,8 @@ class Stack(nnx.Module):
         """
         keys = None if key is None else jax.random.split(key, (self.num_layers // self.period, self.period))
 
-        def run_period(carry: tuple, xs: tuple) -> tuple[tuple, list[tuple]]:
-            x, cache = carry
-            index, blocks, keys = xs
+        def run_period(carry: tuple, blocks: nnx.List, each: tuple) -> tuple[tuple, list[tuple]]:
+            (x, cache), (index, keys) = carry, each
             x, seen = saved(x, SAVED_BLOCK), []
             for j, (block, mask) in enumerate(zip(blocks, masks, strict=True)):
                 layer = index * self.period + j
@@ -246,19 +249,37 @@ class Stack(nnx.Module):
         if self.remat != "none":
             run_period = jax.checkpoint(run_period, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         indices = jnp.arange(self.num_layers // self.period)
-        (x, cache), seen = jax.lax.scan(run_period, (x, cache), (indices, self.blocks, keys))
+        (x, cache), seen = self.scan(run_period, (x, cache), (indices, keys))
         if not return_intermediates:
             return StackOutput(x, cache, None)
         hidden, attention, cross_attention = jax.tree.map(self._in_order, *seen)
         return StackOutput(x, cache, Intermediates(jnp.concatenate([hidden, x[None]]), attention, cross_attention))
 
+    def scan(self, step: Callable[[Any, nnx.List, Any], tuple[Any, Any]], carry: Any, each: Any) -> tuple[Any, Any]:
+        """jax.lax.scan of step(carry, a period's blocks, its slice of each) over the periods."""
+        if not self.unstacked:
+            return jax.lax.scan(lambda carry, x: step(carry, *x), carry, (self.blocks, each))
+        made = []
+        for i, blocks in enumerate(self.blocks):
+            carry, y = step(carry, blocks, _at(each, i))
+            made.append(y)
+        return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *made)
+
+    def with_unstacked(self) -> "Stack":
+        """The stack with arrays of its own for each period: blocks[i][j] is layer i * period + j."""
+        if self.unstacked:
+            return self
+        stack, periods = copy.copy(self), self.num_layers // self.period
+        stack.blocks, stack.unstacked = nnx.List([_at(self.blocks, i) for i in range(periods)]), True
+        return stack
+
     def keys_and_values(self, context: jax.Array) -> KVCache:
         """What the blocks' cross-attention makes of context [B, S, E], once for many calls: [L, B, S, K, H]."""
 
-        def of_period(_: None, blocks: nnx.List) -> tuple[None, tuple[KVCache, ...]]:
+        def of_period(_: None, blocks: nnx.List, __: None) -> tuple[None, tuple[KVCache, ...]]:
             return None, tuple(block.cross_attention.keys_and_values(context) for block in blocks)
 
-        _, made = jax.lax.scan(of_period, None, self.blocks)
+        _, made = self.scan(of_period, None, None)
         return jax.tree.map(self._in_order, *made)
 
     def _in_order(self, *of_the_period: jax.Array) -> jax.Array:
@@ -267,7 +288,8 @@ class Stack(nnx.Module):
 
     def init_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache of all layers, [L, B, slots, K, H]."""
-        one = self.blocks[0].attention.init_cache(batch_size, slots)
+        block = self.blocks[0][0] if self.unstacked else self.blocks[0]
+        one = block.attention.init_cache(batch_size, slots)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
 
 
@@ -278,3 +300,23 @@ def with_layers_axis(stacked: Tree) -> Tree:
         return variable.replace(axes=("layers", *logical_axes(variable)))
 
     return jax.tree.map(one, stacked, is_leaf=is_variable)
+
+
+def _at(tree: Tree, i: int) -> Tree:
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+@jax.jit
+def unstacked(model: Tree) -> Tree:
+    """A model to run many short steps with: where it runs on CPUs, each layer has arrays of its own.
+
+    XLA's CPU compiler copies a layer's weights out of a stack's before it reads them, which costs a step of a few
+    tokens more than its products. Weights beyond UNSTACKED_BYTES stay as they are: they would be held twice.
+    """
+    if platform() != "cpu" or sum(x.nbytes for x in jax.tree.leaves(model)) > UNSTACKED_BYTES:
+        return model
+
+    def one(module: Any) -> Any:
+        return module.with_unstacked() if isinstance(module, Stack) else module
+
+    return jax.tree.map(one, model, is_leaf=lambda module: isinstance(module, Stack))
