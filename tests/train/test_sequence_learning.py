@@ -18,7 +18,7 @@ from zoo.train.objectives import SequenceToSequence
 from zoo.train.samplers import TargetSampler
 from zoo.train.step import eval_step, init_state, train_step
 
-LENGTH, ROWS, STEPS = 24, 64, 150
+LENGTH, ROWS, STEPS = 24, 32, 80
 SIZES: dict[str, Any] = {"num_layers": 1, "width": 64, "num_heads": 2, "mlp_width": 128, "dropout": 0.0}
 CASES = {
     "noise": (TransformerConfig(positions="learned", max_length=LENGTH, **SIZES), NoisyTextData),
@@ -30,7 +30,7 @@ CASES = {
 def test_targets_are_learned_from_their_sources_alone(
     case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Sources of other rows, drawn anew at each step, leave what text follows which to chance: log(64) nats a row."""
+    """Sources of other rows, drawn anew at each step, leave what text follows which to chance: log(32) nats a row."""
     monkeypatch.setenv("FLAXZOO_CACHE", str(tmp_path / "cache"))
     for name in ("for", "if", "while", "try"):
         (tmp_path / f"{name}.txt").write_text(pydoc_data.topics.topics[name][:1200])
@@ -55,5 +55,4 @@ def test_targets_are_learned_from_their_sources_alone(
             return float(total / weight)
 
         learned, ablated = loss(True), loss(False)
-    assert learned < 0.05, (learned, ablated)
-    assert ablated > 4 * learned and ablated > 0.15, (learned, ablated)
+    assert learned < 0.08 and ablated > 0.3, (learned, ablated)
