@@ -39,10 +39,10 @@ def bart_nano() -> Bart:
         objective=SequenceToSequence(),
         sampler=TargetSampler(),
         optimizer=Optimizer(name="muon", learning_rate=1e-2, warmup_steps=50),
-        steps=500,
+        steps=400,
         batch_size=16,
-        eval_every=250,
-        checkpoint_every=250,
+        eval_every=200,
+        checkpoint_every=200,
     )
 
 
