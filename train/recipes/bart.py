@@ -13,10 +13,13 @@ Bart = Experiment[TransformerConfig, NoisyTextData, SequenceToSequence, TargetSa
 
 
 def bart_nano() -> Bart:
-    """A small BART on the language reference of this Python.
+    """A small BART on the language reference of this Python: three minutes on two busy CPU cores.
 
     Command:  zoo train bart-nano
     Data:     python_docs (0.4 MB of English, byte-level tokens), made from the interpreter's own pydoc_data.topics
+    Model:    2 layers of width 128 and 4 heads a side, 128 bytes to read and to write, 1.0 M parameters
+    Result:   held out, 56 % of the bytes at a perplexity of 4.7 (27 by frequencies, 5.9 with the sources of other rows);
+              it begins to copy, which its samples do not show yet, and still gets better fast when it ends
     """
     return Experiment(
         name="bart-nano",
@@ -39,10 +42,10 @@ def bart_nano() -> Bart:
         objective=SequenceToSequence(),
         sampler=TargetSampler(),
         optimizer=Optimizer(name="muon", learning_rate=1e-2, warmup_steps=50),
-        steps=400,
+        steps=300,
         batch_size=16,
-        eval_every=200,
-        checkpoint_every=200,
+        eval_every=150,
+        checkpoint_every=150,
     )
 
 
@@ -57,7 +60,7 @@ def bart_base() -> Bart:
     Objective: 30 % of the tokens in spans of lengths from a Poisson distribution of mean 3, all sentences permuted
     Schedule:  500,000 steps of 8192 rows, as the large model's 8000; the rate, which the paper does not state, and its
                decay are those of RoBERTa base. The paper has no dropout in the last tenth
-    Result:    not run by this project; bart-nano runs the same objective to its end
+    Result:    not run by this project; bart-nano runs the same objective at a laptop's size
     Hardware:  256 rows of 512 tokens a micro-batch: for 8 accelerators of 40 GB or more
     """
     return Experiment(

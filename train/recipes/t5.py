@@ -18,8 +18,8 @@ def t5_nano() -> T5:
     Data:     python_docs (0.4 MB of English, byte-level tokens), made from the interpreter's own pydoc_data.topics;
               30 % of the bytes in spans of 8, since 15 % in spans of 3 are few and short ones
     Model:    2 layers of width 128 and 4 heads a side, gated, 128 bytes to read and 59 to write, 0.9 M parameters
-    Result:   held out, 2.32 nats a token (3.48 by frequencies), 34 % right: what bytes follow each other. It hardly reads
-              its sources yet (2.35 nats with those of other rows), and gets better slowly when it ends
+    Result:   held out, 2.32 nats a token (3.48 by frequencies), 34 % right: what bytes follow each other. It hardly
+              reads its sources yet (2.35 nats with those of other rows), and gets better slowly when it ends
     """
     return Experiment(
         name="t5-nano",
