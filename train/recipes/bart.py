@@ -18,8 +18,8 @@ def bart_nano() -> Bart:
     Command:  zoo train bart-nano
     Data:     python_docs (0.4 MB of English, byte-level tokens), made from the interpreter's own pydoc_data.topics
     Model:    2 layers of width 128 and 4 heads a side, 128 bytes to read and to write, 1.0 M parameters
-    Result:   held out, 56 % of the bytes at a perplexity of 4.7 (27 by frequencies, 5.9 with the sources of other rows);
-              it begins to copy, which its samples do not show yet, and still gets better fast when it ends
+    Result:   held out, 56 % of the bytes at a perplexity of 4.7 (27 by frequencies, 5.9 with the sources of other
+              rows); it begins to copy, which its samples do not show yet, and still gets better fast when it ends
     """
     return Experiment(
         name="bart-nano",
