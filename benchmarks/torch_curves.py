@@ -37,10 +37,18 @@ def classes(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(logits, batch["labels"])
 
 
+def written(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Targets that a decoder writes from a source."""
+    out = model(batch["sources"], attention_mask=batch.get("source_segments"), decoder_input_ids=batch["tokens"])
+    return torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch["targets"].flatten())
+
+
 LOSSES = {
     "GPT2LMHeadModel": next_token,
     "BertForPreTraining": masked_words,
     "ViTForImageClassification": classes,
+    "T5ForConditionalGeneration": written,
+    "BartForConditionalGeneration": written,
 }
 
 
@@ -48,6 +56,8 @@ def main() -> None:
     folder = Path(sys.argv[1])
     name = json.loads((folder / "model" / "config.json").read_text())["architectures"][0]
     model = getattr(transformers, name).from_pretrained(folder / "model", attn_implementation="sdpa").train()
+    if "final_logits_bias" in model._buffers:  # BART's, which the published code holds as it is.
+        model.final_logits_bias = torch.nn.Parameter(model._buffers.pop("final_logits_bias"))
     given = dict(numpy.load(folder / "batches.npz"))
     rates = given.pop("rates")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

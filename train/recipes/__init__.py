@@ -5,9 +5,11 @@ from typing import Any
 
 from zoo.train.experiment import Experiment
 from zoo.train.recipes import gpt2, gpt3
+from zoo.train.recipes.bart import bart_base, bart_nano
 from zoo.train.recipes.bert import bert_base, bert_nano
 from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
+from zoo.train.recipes.t5 import t5_base, t5_nano
 from zoo.train.recipes.vit_digits import vit_digits
 
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
@@ -16,6 +18,10 @@ RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "vit-digits": vit_digits,
     "bert-nano": bert_nano,
     "bert-base": bert_base,
+    "t5-nano": t5_nano,
+    "t5-base": t5_base,
+    "bart-nano": bart_nano,
+    "bart-base": bart_base,
     **gpt2.RECIPES,
     **gpt3.RECIPES,
 }
