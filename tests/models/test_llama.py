@@ -107,7 +107,7 @@ def test_cached_decoding_equals_the_full_pass_in_rows_of_any_length() -> None:
     assert expected.shape == (4, 16, 200) and expected.dtype == jnp.float32 and float(expected.std()) > 0.5
     lengths = jnp.array([3, 9, 1, 6])
     run = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
-    logits, cache, _ = run(
+    logits, cache, *_ = run(
         model, jnp.where(jnp.arange(9) < lengths[:, None], TOKENS[:, :9], 0), model.init_cache(4, 32)
     )
     for row, length in enumerate(lengths.tolist()):
@@ -115,7 +115,7 @@ def test_cached_decoding_equals_the_full_pass_in_rows_of_any_length() -> None:
     cache = cache.cut(lengths)
     for step in range(7):
         place = (lengths + step)[:, None]
-        logits, cache, _ = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
+        logits, cache, *_ = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
         np.testing.assert_allclose(
             logits[:, 0], jnp.take_along_axis(expected, place[..., None], axis=1)[:, 0], atol=1e-5
         )
@@ -224,7 +224,10 @@ SWITCHED = {"use_sliding_window": True, "sliding_window": 5}
     ("config", "message"),
     [
         (fields("llama-2-7b", model_type="gemma"), "model_type 'gemma'"),
-        (fields("llama-2-7b", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (
+            fields("llama-2-7b", architectures=["LlamaForQuestionAnswering"]),
+            r"\['LlamaForQuestionAnswering'\], and a Llama",
+        ),
         (fields("llama-2-7b", mlp_bias=True), "mlp_bias True"),
         (fields("llama-2-7b", attention_bias=1), "attention_bias 1"),
         (fields("llama-2-7b", hidden_act="quick_gelu"), "hidden_act 'quick_gelu'"),
