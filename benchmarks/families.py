@@ -67,7 +67,7 @@ COLUMNS += ("parity", "round trip", "cached", "sharded", "v5e:2x4", "speed")
 
 OUTPUTS = {
     "logits": lambda out: out.logits,
-    "hidden": lambda out: out.hidden if hasattr(out, "hidden") else out.intermediates.hidden[-1],
+    "hidden": lambda out: out.intermediates.hidden[-1] if getattr(out, "hidden", None) is None else out.hidden,
     "pooled": lambda out: out.pooled,
     "next_sentence": lambda out: out.next_sentence,
 }
@@ -104,7 +104,7 @@ class Case(NamedTuple):
     def given(self) -> tuple[tuple, dict[str, Any]]:
         g = self.golden
         if "sources" in g:
-            return (g["sources"], g["tokens"]), {"source_segments": g["real"].astype(np.int32)}
+            return (g["sources"], g.get("tokens")), {"source_segments": g["real"].astype(np.int32)}
         if "images" in g:
             return (g["images"],), {name: g[name] for name in ("masked",) if name in g}
         if "mask" in g:
@@ -180,6 +180,8 @@ def cached(case: Case) -> str:
         made = generate(model, g["prompts"].tolist(), max_new_tokens=7).tokens
         same = made == g[f"made_{case.fields.get('use_mems_eval', True)}_1"].tolist()
         return "token for token" if same else "DIFFERS"
+    if "tokens" not in g:
+        return "no cache"
     tokens = g["tokens"][:, :12]
     encoded = model.encode(g["sources"], segments=g["real"]) if "sources" in g else None
     named = {} if encoded is None else {"encoded": encoded}
