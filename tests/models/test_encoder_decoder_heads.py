@@ -16,6 +16,7 @@ from zoo.layers.linear import LayerError
 from zoo.layers.positions import SequenceError
 from zoo.models import published_config
 from zoo.models.encoder_decoder_heads import SOURCE_ALONE
+from zoo.models.published import PublishedError
 from zoo.models.t5 import HEADS, T5, T5Config
 from zoo.pretrained import from_pretrained, save_pretrained
 
@@ -146,3 +147,18 @@ def test_files_with_more_than_a_head_needs_are_read(tmp_path) -> None:
 def test_what_is_no_head_is_refused_in_one_line(changes, message) -> None:
     with pytest.raises(LayerError, match=f"^{re.escape(message)}"):
         dataclasses.replace(TINY, **changes)
+
+
+@pytest.mark.parametrize("head", ["sequence_classification", "question_answering"])
+def test_heads_of_bart_come_back_and_those_of_others_have_no_published_form(head) -> None:
+    config = dataclasses.replace(models.preset("bart-base"), logits_bias=False, head=head)
+    back = published_config(config.to_published())
+    assert back.to_published() == config.to_published() and (back.head, back.labels) == (head, config.labels)
+    fields = {name: x for name, x in config.to_published().items() if name not in ("id2label", "label2id")}
+    # The library gives a BART three classes unless told.
+    assert len(published_config(fields).labels) == (3 if head == "sequence_classification" else 2)
+    with pytest.raises(LayerError, match=rf"^logits_bias True with head '{head}', which scores no words"):
+        dataclasses.replace(config, logits_bias=True)
+    marian = dataclasses.replace(models.preset("opus-mt-en-de"), logits_bias=False, head=head)
+    with pytest.raises(PublishedError, match=r"a published marian has"):
+        marian.to_published()

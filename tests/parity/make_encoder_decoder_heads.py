@@ -27,6 +27,16 @@ T5 = {
     "relative_attention_max_distance": 20,
     "decoder_start_token_id": 0,
 }
+BART = {
+    "max_position_embeddings": 21,
+    "d_model": 20,
+    "encoder_layers": 2,
+    "decoder_layers": 1,
+    "encoder_attention_heads": 5,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 26,
+    "decoder_ffn_dim": 30,
+}
 GATED = {"feed_forward_proj": "gated-gelu", "num_decoder_layers": 1, "tie_word_embeddings": False}
 NAMES = {0: "contradiction", 1: "neutral", 2: "entailment"}
 NAMED = {"id2label": NAMES, "label2id": {name: i for i, name in NAMES.items()}}
@@ -44,6 +54,8 @@ CASES = {
     "mt5_classes": ("MT5ForSequenceClassification", T5 | {"num_labels": 1}),
     "mt5_token_classes": ("MT5ForTokenClassification", T5 | NAMED),
     "mt5_answers": ("MT5ForQuestionAnswering", T5),
+    "bart_classes": ("BartForSequenceClassification", BART | {"classifier_dropout": 0.1, "num_labels": 5}),
+    "bart_answers": ("BartForQuestionAnswering", BART | {"scale_embedding": True}),
 }
 """The class, and fields of its config."""
 
