@@ -3,7 +3,7 @@
 They are configurations of one module, which is Llama's (Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al.
 2024, "The Llama 3 Herd of Models") with grouped queries (Ainslie et al. 2023) and what each adds to it:
 
-- Llama 3.1 and 3.2: rotary frequencies scaled by wavelength, Llama3Scaling.
+- Llama 3.1 and 3.2: rotary frequencies scaled by wavelength, Llama3Scaling. Others of zoo.layers.positions fit as well.
 - Mistral 7B v0.1 (Jiang et al. 2023): a sliding window in every layer; later versions have none.
 - Qwen 2 and 2.5 (Yang et al. 2024): biases of queries, keys and values; a window in some layers where asked for.
 - Qwen 3 (Yang et al. 2025): no biases, and a normalisation over each head of queries and keys.

@@ -6,10 +6,21 @@ What is left out is as in Hugging Face transformers, modeling_rope_utils.
 from collections.abc import Mapping
 from typing import Any
 
-from zoo.layers.positions import LinearScaling, Llama3Scaling
-from zoo.models.published import PublishedError, number, require, size
+from zoo.layers.positions import DynamicScaling, LinearScaling, Llama3Scaling, YarnScaling
+from zoo.models.published import PublishedError, flag, number, require, size
 
-Scaling = LinearScaling | Llama3Scaling
+Scaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+
+LENGTH = "original_max_position_embeddings"
+
+PARTS = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", LENGTH),
+    "yarn": ("factor", "beta_slow", "beta_fast", "attention_factor", "truncate", LENGTH),
+}
+"""Fields by `rope_type`."""
 
 
 def read_rotary(fields: Mapping[str, Any], name: str) -> tuple[float, Scaling | None]:
@@ -21,13 +32,11 @@ def read_rotary(fields: Mapping[str, Any], name: str) -> tuple[float, Scaling | 
         raise PublishedError(f"config.json has {where} {given!r}: the model needs an object there")
     found = {"rope_theta": fields.get("rope_theta", 10000.0)} | given
     found["rope_type"] = kind = found.get("rope_type", found.pop("type", "default"))
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    parts = {"default": (), "linear": ("factor",), "llama3": llama3}
-    if not isinstance(kind, str) or kind not in parts:
-        raise PublishedError(f"config.json has {where} of type {kind!r}, and a {name} here has {', '.join(parts)}")
+    if not isinstance(kind, str) or kind not in PARTS:
+        raise PublishedError(f"config.json has {where} of type {kind!r}, and a {name} here has {', '.join(PARTS)}")
     require(fields, name, partial_rotary_factor=1.0)
     require(found, f"{name}'s {where}", partial_rotary_factor=1.0)
-    known = {"rope_theta", "rope_type", "partial_rotary_factor", *parts[kind]}
+    known = {"rope_theta", "rope_type", "partial_rotary_factor", *PARTS[kind]}
     if unknown := sorted(key for key in found.keys() - known if found[key] is not None):
         raise PublishedError(
             f"config.json has {where} with {unknown[0]} {found[unknown[0]]!r}, which those of type {kind!r} lack here"
@@ -35,16 +44,21 @@ def read_rotary(fields: Mapping[str, Any], name: str) -> tuple[float, Scaling | 
     theta = _positive(found, "rope_theta")
     if kind == "default":
         return theta, None
-    if kind == "linear":
-        return theta, LinearScaling(_positive(found, "factor"))
+    factor = _positive(found, "factor")
+    if kind in ("linear", "dynamic"):
+        return theta, LinearScaling(factor) if kind == "linear" else DynamicScaling(factor)
     # As in transformers: the field beside rope_parameters, where there is one, wins over the one within.
-    name = "original_max_position_embeddings"
-    original = {name: fields.get("max_position_embeddings")} | found | {k: v for k, v in fields.items() if k == name}
-    return theta, Llama3Scaling(
-        factor=_positive(found, "factor"),
-        slow=_positive(found, "low_freq_factor"),
-        fast=_positive(found, "high_freq_factor"),
-        original_length=size(original, name),
+    original = (
+        {LENGTH: fields.get("max_position_embeddings")} | found | {k: v for k, v in fields.items() if k == LENGTH}
+    )
+    length = size(original, LENGTH)
+    if kind == "llama3":
+        slow, fast = _positive(found, "low_freq_factor"), _positive(found, "high_freq_factor")
+        return theta, Llama3Scaling(factor, slow, fast, length)
+    told = {"beta_slow": 1.0, "beta_fast": 32.0} | {key: x for key, x in found.items() if x is not None}
+    growth = _positive(told, "attention_factor") if "attention_factor" in told else None
+    return theta, YarnScaling(
+        factor, _positive(told, "beta_slow"), _positive(told, "beta_fast"), length, growth, flag(told, "truncate", True)
     )
 
 
@@ -52,16 +66,16 @@ def rotary_fields(theta: float, scaling: Scaling | None) -> dict[str, Any]:
     """The `rope_parameters` that `read_rotary` reads."""
     if scaling is None:
         return {"rope_theta": theta, "rope_type": "default"}
-    if isinstance(scaling, LinearScaling):
-        return {"factor": scaling.factor, "rope_theta": theta, "rope_type": "linear"}
-    return {
-        "factor": scaling.factor,
-        "high_freq_factor": scaling.fast,
-        "low_freq_factor": scaling.slow,
-        "original_max_position_embeddings": scaling.original_length,
-        "rope_theta": theta,
-        "rope_type": "llama3",
-    }
+    fields: dict[str, Any] = {"factor": scaling.factor, "rope_theta": theta}
+    if isinstance(scaling, LinearScaling | DynamicScaling):
+        return fields | {"rope_type": "linear" if isinstance(scaling, LinearScaling) else "dynamic"}
+    fields[LENGTH] = scaling.original_length
+    if isinstance(scaling, Llama3Scaling):
+        return fields | {"low_freq_factor": scaling.slow, "high_freq_factor": scaling.fast, "rope_type": "llama3"}
+    fields |= {"beta_slow": scaling.slow, "beta_fast": scaling.fast, "rope_type": "yarn"}
+    if scaling.growth is not None:
+        fields["attention_factor"] = scaling.growth
+    return fields if scaling.whole_pairs else fields | {"truncate": False}
 
 
 def _positive(fields: Mapping[str, Any], name: str) -> float:
