@@ -152,7 +152,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, monkeypatch, tensor
         ({"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
-        ({"architectures": ["GPT2ForSequenceClassification"]}, "GPT2ForSequenceClassification"),
+        ({"architectures": ["GPT2ForTokenClassification"]}, "GPT2ForTokenClassification"),
         ({"embd_pdrop": 0.3}, "embd_pdrop 0.3"),
         ({"model_type": "gpt9"}, "model_type 'gpt9'"),
         ({"n_layer": "3"}, "n_layer '3'"),

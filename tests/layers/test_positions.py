@@ -5,7 +5,15 @@ import pytest
 from flax import nnx
 
 from zoo.layers.linear import LayerError
-from zoo.layers.positions import LearnedPositions, LinearScaling, Llama3Scaling, Rotary, sinusoids
+from zoo.layers.positions import (
+    DynamicScaling,
+    LearnedPositions,
+    LinearScaling,
+    Llama3Scaling,
+    Rotary,
+    YarnScaling,
+    sinusoids,
+)
 
 
 def test_sinusoids_follow_the_paper() -> None:
@@ -81,6 +89,24 @@ def test_scalings_slow_pairs_by_their_wavelength() -> None:
     share = (turns[between] - 1) / 7
     np.testing.assert_allclose(scaled[between], plain[between] * ((1 - share) / 4 + share), rtol=1e-5)
     assert between.sum() == 3 and (turns > 8).sum() == 1
+
+
+def test_yarn_slows_pairs_by_their_turns_and_makes_features_grow() -> None:
+    plain = Rotary(longest=1000.0).frequencies(16)
+    np.testing.assert_array_equal(Rotary(1000.0, scaling=DynamicScaling(4.0)).frequencies(16), plain)
+    scaling = YarnScaling(4.0, slow=1.0, fast=8.0, original_length=100, whole_pairs=False)
+    scaled = Rotary(1000.0, scaling=scaling).frequencies(16)
+    turns = 100 * plain / (2 * np.pi)
+    # Turns fall by the same ratio from pair to pair, so that the ramp is linear in their logarithm.
+    share = np.clip((np.log(8) - np.log(turns)) / np.log(8), 0, 1)
+    np.testing.assert_allclose(scaled, plain * (share / 4 + 1 - share), rtol=1e-5)
+    assert ((share > 0) & (share < 1)).sum() > 1
+    x, positions = jax.random.normal(jax.random.key(0), (1, 4, 1, 16)), jnp.arange(4)[None]
+    for growth, expected in ((None, 0.1 * np.log(4) + 1), (1.5, 1.5)):
+        y = Rotary(1000.0, fraction=0.5, scaling=YarnScaling(4.0, original_length=100, growth=growth))(x, positions)
+        ratio = jnp.linalg.norm(y[..., :8], axis=-1) / jnp.linalg.norm(x[..., :8], axis=-1)
+        np.testing.assert_allclose(ratio, expected, rtol=1e-5)
+        np.testing.assert_array_equal(y[..., 8:], x[..., 8:])
 
 
 @pytest.mark.parametrize(

@@ -125,7 +125,7 @@ def test_cached_decoding_equals_the_full_pass() -> None:
     run = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
     cache, logits = model.init_cache(4, 24), []
     for piece in jnp.split(TOKENS, [7, 8, 9, 13], axis=1):
-        piece_logits, cache, _ = run(model, piece, cache)
+        piece_logits, cache, *_ = run(model, piece, cache)
         logits.append(piece_logits)
     np.testing.assert_allclose(jnp.concatenate(logits, axis=1), expected, atol=1e-5)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from zoo import models, sharding
 from zoo.generation import generate
 from zoo.layers.linear import LayerError
-from zoo.layers.positions import LinearScaling, Llama3Scaling, SequenceError
+from zoo.layers.positions import DynamicScaling, LinearScaling, Llama3Scaling, SequenceError, YarnScaling
 from zoo.models import published_config
 from zoo.models.llama import Llama, LlamaConfig
 from zoo.models.published import PublishedError
@@ -107,7 +107,7 @@ def test_cached_decoding_equals_the_full_pass_in_rows_of_any_length() -> None:
     assert expected.shape == (4, 16, 200) and expected.dtype == jnp.float32 and float(expected.std()) > 0.5
     lengths = jnp.array([3, 9, 1, 6])
     run = jax.jit(lambda model, tokens, cache: model(tokens, cache=cache))
-    logits, cache, _ = run(
+    logits, cache, *_ = run(
         model, jnp.where(jnp.arange(9) < lengths[:, None], TOKENS[:, :9], 0), model.init_cache(4, 32)
     )
     for row, length in enumerate(lengths.tolist()):
@@ -115,7 +115,7 @@ def test_cached_decoding_equals_the_full_pass_in_rows_of_any_length() -> None:
     cache = cache.cut(lengths)
     for step in range(7):
         place = (lengths + step)[:, None]
-        logits, cache, _ = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
+        logits, cache, *_ = run(model, jnp.take_along_axis(TOKENS, place, axis=1), cache)
         np.testing.assert_allclose(
             logits[:, 0], jnp.take_along_axis(expected, place[..., None], axis=1)[:, 0], atol=1e-5
         )
@@ -206,6 +206,9 @@ def test_older_configs_say_the_same() -> None:
     llama3["original_max_position_embeddings"] = 8192
     assert read("llama-3.1-8b", rope_theta=5e5, rope_scaling=llama3) == explicit(models.preset("llama-3.1-8b"))
     assert read("llama-2-7b", rope_scaling={"rope_type": "linear", "factor": 2}).rope_scaling == LinearScaling(2)
+    assert read("llama-2-7b", rope_scaling={"type": "dynamic", "factor": 2}).rope_scaling == DynamicScaling(2)
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+    assert read("qwen2.5-7b", rope_theta=1e6, rope_scaling=yarn).rope_scaling == YarnScaling(4.0, original_length=32768)
     assert read("qwen3-8b", rope_theta=1e6, rope_scaling=None) == explicit(models.preset("qwen3-8b"))
     # Qwen 2's window is there where it is used alone, from max_window_layers on.
     qwen = {"rope_theta": 1e6, "sliding_window": 9, "max_window_layers": 28}
@@ -224,7 +227,10 @@ SWITCHED = {"use_sliding_window": True, "sliding_window": 5}
     ("config", "message"),
     [
         (fields("llama-2-7b", model_type="gemma"), "model_type 'gemma'"),
-        (fields("llama-2-7b", architectures=["LlamaForSequenceClassification"]), "LlamaForSequenceClassification"),
+        (
+            fields("llama-2-7b", architectures=["LlamaForQuestionAnswering"]),
+            r"\['LlamaForQuestionAnswering'\], and a Llama",
+        ),
         (fields("llama-2-7b", mlp_bias=True), "mlp_bias True"),
         (fields("llama-2-7b", attention_bias=1), "attention_bias 1"),
         (fields("llama-2-7b", hidden_act="quick_gelu"), "hidden_act 'quick_gelu'"),
@@ -232,8 +238,12 @@ SWITCHED = {"use_sliding_window": True, "sliding_window": 5}
         (fields("llama-2-7b", num_key_value_heads=0), "num_key_value_heads 0"),
         (fields("llama-2-7b", head_dim=127), "head_dim 127 is odd"),
         (fields("llama-2-7b", partial_rotary_factor=0.5), "partial_rotary_factor 0.5"),
-        (fields("llama-2-7b", rope_parameters={"rope_type": "yarn", "factor": 4.0}), "rope_parameters of type 'yarn'"),
-        (fields("llama-2-7b", rope_scaling={"type": "dynamic", "factor": 2.0}), "rope_scaling of type 'dynamic'"),
+        (fields("llama-2-7b", rope_parameters={"rope_type": "longrope"}), "rope_parameters of type 'longrope'"),
+        (fields("llama-2-7b", rope_scaling={"type": "su", "factor": 2.0}), "rope_scaling of type 'su'"),
+        (fields("llama-2-7b", rope_parameters={"rope_type": "yarn"}), "factor None"),
+        (fields("llama-2-7b", rope_parameters={"rope_type": "yarn", "factor": 4.0, "mscale": 1.0}), "mscale 1.0"),
+        (fields("llama-2-7b", rope_parameters={"rope_type": "yarn", "factor": 4.0, "beta_slow": 40}), "fast 32.0 is"),
+        (fields("llama-2-7b", rope_parameters={"rope_type": "dynamic", "factor": 0.0}), "factor 0.0"),
         (fields("llama-2-7b", rope_parameters={"rope_type": ["linear"]}), r"of type \['linear'\]"),
         (fields("llama-2-7b", rope_parameters={"rope_type": "linear"}), "factor None"),
         (fields("llama-2-7b", rope_parameters={"rope_theta": 0}), "rope_theta 0"),

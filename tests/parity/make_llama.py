@@ -1,11 +1,11 @@
-"""Makes tests/parity/{llama,mistral,qwen2,qwen3}/: tiny models of random weights, and what Hugging Face's answer.
+"""Makes tests/parity/{llama,mistral,qwen2,qwen3,...}/: tiny models of random weights, and what Hugging Face's answer.
 
     pip install torch==2.13.0 transformers==5.23.0 && python tests/parity/make_llama.py
 
 Sizes are awkward on purpose, biases and norms are random too, and logits spread as a trained model's do. Between them
 they have all that the published classes differ by: biases with and without one on the output projection, windows in all
 and in every other layer, norms of queries and keys, heads tied and untied, and rotary frequencies as they are, divided,
-and scaled by wavelength.
+and scaled by wavelength; smaller ones have them scaled as in YaRN and dynamically.
 """
 
 from pathlib import Path
@@ -33,6 +33,15 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 24,
 }
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "beta_fast": 6.0,
+    "beta_slow": 0.5,
+    "original_max_position_embeddings": 16,
+}
+SMALL = COMMON | {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
 CASES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(
         **COMMON,
@@ -66,6 +75,12 @@ CASES: dict[str, PreTrainedConfig] = {
         head_dim=14,
         tie_word_embeddings=True,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+    ),
+    "llama_dynamic": LlamaConfig(**SMALL, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.5}),
+    "qwen3_yarn": Qwen3Config(**SMALL, head_dim=22, rope_parameters=YARN),
+    "qwen2_yarn": Qwen2Config(
+        **SMALL,
+        rope_parameters=YARN | {"rope_theta": 300.0, "attention_factor": 1.3, "truncate": False},
     ),
 }
 

@@ -1,8 +1,8 @@
 """Positions: a learned table, sinusoids, and rotations of queries and keys."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -61,17 +61,51 @@ def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0, hal
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
+class Scaling(Protocol):
+    """How a model turns pairs of rotary positions that reaches beyond the length that it was first trained with."""
+
+    @property
+    def magnitude(self) -> float:
+        """What turned features are multiplied by."""
+        ...
+
+    def __call__(self, frequencies: np.ndarray, longest: float) -> np.ndarray:
+        """Radians per position of each pair, float32, from those of Rotary(longest) as they are."""
+        ...
+
+
 @dataclass(frozen=True)
 class LinearScaling:
     """All pairs of rotary positions turn `factor` times slower: positions are interpolated (Chen et al. 2023)."""
 
     factor: float
 
+    magnitude = 1.0
+
     def __post_init__(self) -> None:
         _check_positive(factor=self.factor)
 
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+    def __call__(self, frequencies: np.ndarray, longest: float) -> np.ndarray:
         return frequencies / np.float32(self.factor)
+
+
+@dataclass(frozen=True)
+class DynamicScaling:
+    """Pairs turn slower in sequences beyond the trained length alone, by `factor` and their length (dynamic NTK).
+
+    Within a model's max_length, beyond which it takes no sequence, they turn as they are. Published implementations go
+    beyond it, with frequencies that depend on the lengths of the calls before.
+    """
+
+    factor: float
+
+    magnitude = 1.0
+
+    def __post_init__(self) -> None:
+        _check_positive(factor=self.factor)
+
+    def __call__(self, frequencies: np.ndarray, longest: float) -> np.ndarray:
+        return frequencies
 
 
 @dataclass(frozen=True)
@@ -87,12 +121,12 @@ class Llama3Scaling:
     fast: float = 4.0
     original_length: int = 8192
 
-    def __post_init__(self) -> None:
-        _check_positive(factor=self.factor, slow=self.slow, fast=self.fast, original_length=self.original_length)
-        if self.fast <= self.slow:
-            raise LayerError(f"fast {self.fast} is not above slow {self.slow}: choose more turns for fast pairs")
+    magnitude = 1.0
 
-    def __call__(self, frequencies: np.ndarray) -> np.ndarray:
+    def __post_init__(self) -> None:
+        _check_turns(self)
+
+    def __call__(self, frequencies: np.ndarray, longest: float) -> np.ndarray:
         # Rounded where Hugging Face's implementation rounds, which divides by multiplying with a reciprocal.
         wavelengths = np.reciprocal(frequencies) * np.float32(2 * math.pi)
         turns = np.reciprocal(wavelengths) * np.float32(self.original_length)
@@ -102,6 +136,51 @@ class Llama3Scaling:
         is_slow = wavelengths > np.float32(self.original_length / self.slow)
         is_fast = wavelengths < np.float32(self.original_length / self.fast)
         return np.where(is_slow, slower, np.where(is_fast, frequencies, between))
+
+
+@dataclass(frozen=True)
+class YarnScaling:
+    """Slow pairs turn `factor` times slower, fast ones as before, and features grow (YaRN, Peng et al. 2023, 3.2, 3.4).
+
+    slow, fast: turns within original_length up to which a pair is slow, and from which on it is fast; between them the
+    share of either falls and rises from pair to pair.
+    growth: what turned features are multiplied by; 0.1 ln(factor) + 1 where None, as the paper has it.
+    whole_pairs: whether the ramp begins and ends at a pair, as in the released code.
+    """
+
+    factor: float
+    slow: float = 1.0
+    fast: float = 32.0
+    original_length: int = 8192
+    growth: float | None = None
+    whole_pairs: bool = True
+
+    def __post_init__(self) -> None:
+        _check_turns(self)
+        if self.growth is not None:
+            _check_positive(growth=self.growth)
+
+    @property
+    def magnitude(self) -> float:
+        if self.growth is not None:
+            return self.growth
+        return 1.0 if self.factor <= 1 else 0.1 * math.log(self.factor) + 1.0
+
+    def __call__(self, frequencies: np.ndarray, longest: float) -> np.ndarray:
+        pairs = len(frequencies)
+
+        def pair_of(turns: float) -> float:
+            """The pair, between whole ones, that turns so often within original_length."""
+            return pairs * math.log(self.original_length / (turns * 2 * math.pi)) / math.log(longest)
+
+        begin, end = pair_of(self.fast), pair_of(self.slow)
+        if self.whole_pairs:
+            begin, end = math.floor(begin), math.ceil(end)
+        begin, end = max(begin, 0), min(end, 2 * pairs - 1)
+        end += 0.001 if begin == end else 0.0
+        slow = np.clip((np.arange(pairs, dtype=np.float32) - np.float32(begin)) / np.float32(end - begin), 0, 1)
+        fast = 1 - slow
+        return frequencies / np.float32(self.factor) * (1 - fast) + frequencies * fast
 
 
 @dataclass(frozen=True)
@@ -118,7 +197,7 @@ class Rotary:
     longest: float = 10000.0
     fraction: float = 1.0
     interleaved: bool = False
-    scaling: Callable[[np.ndarray], np.ndarray] | None = None
+    scaling: Scaling | None = None
 
     def __post_init__(self) -> None:
         _check_positive(longest=self.longest)
@@ -129,6 +208,8 @@ class Rotary:
         turned, rest = x[..., :width].astype(jnp.float32), x[..., width:]
         angles = positions[..., None, None] * self.frequencies(width)
         sin, cos = jnp.sin(angles), jnp.cos(angles)
+        if self.scaling is not None and self.scaling.magnitude != 1:
+            sin, cos = sin * self.scaling.magnitude, cos * self.scaling.magnitude
         if self.interleaved:
             a, b = turned[..., 0::2], turned[..., 1::2]
             turned = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(turned.shape)
@@ -145,7 +226,14 @@ class Rotary:
         """
         exponents = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequencies = np.reciprocal(np.power(self.longest, exponents.astype(np.float64)).astype(np.float32))
-        return frequencies if self.scaling is None else self.scaling(frequencies)
+        return frequencies if self.scaling is None else self.scaling(frequencies, self.longest)
+
+
+def _check_turns(scaling: Llama3Scaling | YarnScaling) -> None:
+    named = {name: getattr(scaling, name) for name in ("factor", "slow", "fast", "original_length")}
+    _check_positive(**named)
+    if scaling.fast <= scaling.slow:
+        raise LayerError(f"fast {scaling.fast} is not above slow {scaling.slow}: choose more turns for fast pairs")
 
 
 def _check_positive(**values: float) -> None:

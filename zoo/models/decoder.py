@@ -1,8 +1,11 @@
 """What decoder-only families share: a causal stack between an embedding and a head, with a cache.
 
-A family is a config, which takes DecoderConfig's methods, and a module, which fills in Decoder's parts.
+The head scores the next word, or the classes of a text, or there is none, as the config says. A family is a config,
+which takes DecoderConfig's methods, and a module, which fills in Decoder's parts.
 """
 
+import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -11,14 +14,18 @@ from flax import nnx
 
 from zoo.kernels import Mask
 from zoo.layers.attention import KVCache
-from zoo.layers.linear import Embed, Head, LayerError, check_sizes
+from zoo.layers.linear import Embed, Head, LayerError, Linear, check_sizes, normal
 from zoo.layers.positions import SequenceError, check_length
 from zoo.layers.transformer import Intermediates, Stack
+from zoo.models.published import LABELS, PROBLEMS, head, labels, problem, published_labels
 from zoo.sharding import constrain
+
+HEADS = ("lm", "none", "sequence_classification")
+"""Scores of the next word at each token; none, the states alone; scores of classes from a text's last real token."""
 
 
 class DecoderConfig:
-    """Methods of a frozen dataclass that has these fields."""
+    """Methods of a frozen dataclass that has these fields; one that leaves the last three out scores words alone."""
 
     vocab_size: int
     max_length: int
@@ -27,6 +34,9 @@ class DecoderConfig:
     num_heads: int
     head_dim: int | None
     windows: tuple[int | None, ...]
+    head: str = "lm"
+    labels: tuple[str, ...] = LABELS
+    problem_type: str | None = None
 
     @property
     def head_size(self) -> int:
@@ -40,13 +50,39 @@ class DecoderConfig:
             raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
         check_sizes(**{name: size for name, size in sizes.items() if size is not None})
 
+    def check_head(self) -> None:
+        """Raises LayerError for a head, labels or a problem that there are none of."""
+        for name, known in (("head", HEADS), ("problem_type", (None, *PROBLEMS))):
+            if getattr(self, name) not in known:
+                raise LayerError(
+                    f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, known))}"
+                )
+        if not self.labels or len(set(self.labels)) < len(self.labels):
+            raise LayerError(f"labels {self.labels} are none, or one of them twice: name each class")
+
+    @staticmethod
+    def read_head(fields: Mapping[str, Any], family: str, classes: Mapping[str, str]) -> dict[str, Any]:
+        """head, labels and problem_type of a config.json; classes: published classes by the names in HEADS."""
+        found: dict[str, Any] = {"head": head(fields, family, classes)}
+        if found["head"] == "sequence_classification":
+            found |= {"labels": labels(fields, family), "problem_type": problem(fields)}
+        return found
+
+    def published_head(self, classes: Mapping[str, str]) -> dict[str, Any]:
+        """The fields of config.json that `read_head` reads."""
+        fields: dict[str, Any] = {"architectures": [classes[self.head]]}
+        if self.head == "sequence_classification":
+            fields |= published_labels(self.labels)
+        return fields if self.problem_type is None else fields | {"problem_type": self.problem_type}
+
     def flops(self, length: int, weights: int) -> float:
         """FLOPs of a forward pass over `length` tokens through layers of `weights` parameters in matrices, and a head.
 
         Matrix products alone, a multiply-add being two. Scores that the mask removes are not counted: T^2 / 2 pairs in
         a dense layer, T W - W^2 / 2 in a band of W.
         """
-        flops = 2.0 * length * self.width * self.vocab_size
+        scores = {"lm": length * self.vocab_size, "none": 0, "sequence_classification": len(self.labels)}
+        flops = 2.0 * self.width * scores[self.head]
         for window in self.windows:
             band = min(window or length, length)
             pairs = length * band - band**2 / 2
@@ -56,14 +92,17 @@ class DecoderConfig:
 
 
 class DecoderOutput(NamedTuple):
-    """logits: [B, T, V] float32.  cache: the one given, with what this call appended.
+    """logits: float32, of head "lm" [B, T, V], of "sequence_classification" [B, C]; None of "none".
 
+    cache: the one given, with what this call appended.
     intermediates: where they were asked for; the last hidden states are those after the last normalisation.
+    hidden: those states, [B, T, D], of head "none"; else None, and `features` has them.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     cache: KVCache | None
     intermediates: Intermediates | None = None
+    hidden: jax.Array | None = None
 
 
 class DecoderFeatures(NamedTuple):
@@ -75,9 +114,10 @@ class DecoderFeatures(NamedTuple):
 
 
 class Decoder(nnx.Module):
-    """Tokens [B, T] to logits [B, T, V].
+    """Tokens [B, T] to logits [B, T, V], or to what else the config's head gives.
 
-    A family sets `config`, `embed`, `stack`, `norm`, and `unembed`, which is None where the embedding scores too.
+    A family sets `config`, `embed`, `stack`, `norm`, and `unembed`, which is None where the embedding scores too; one
+    with other heads sets `classifier`.
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
     """
 
@@ -86,10 +126,21 @@ class Decoder(nnx.Module):
     stack: Stack
     norm: nnx.Module
     unembed: Embed | None
+    classifier: Linear | None = None
 
     def __call__(self, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any) -> DecoderOutput:
-        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
+        """Logits of the token after each of tokens [B, T] int32, or what else the head gives; arguments of `features`.
+
+        Classes are scored from the last token with a segment, of those given; without segments from the last one that
+        is not special_tokens.pad.
+        """
         hidden, cache, intermediates = self.features(tokens, key=key, **arguments)
+        if self.config.head == "none":
+            return DecoderOutput(None, cache, intermediates, hidden)
+        if self.classifier is not None:
+            last = self._last_real(tokens, arguments.get("segments"))
+            of_last = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+            return DecoderOutput(self.classifier(of_last), cache, intermediates)
         return DecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache, intermediates)
 
     def hidden(self, tokens: jax.Array, **arguments: Any) -> jax.Array:
@@ -143,16 +194,37 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = (self.unembed or self.embed).attend(hidden)
+        logits = self._words().attend(hidden)
         leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
         return constrain(logits, *leading, "act_vocab")
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
-        return (self.unembed or self.embed).head()
+        return self._words().head()
+
+    def _words(self) -> Embed:
+        if self.config.head != "lm":
+            raise LayerError(f"head {self.config.head!r} scores no words: build the model with head 'lm'")
+        return self.unembed or self.embed
+
+    def _last_real(self, tokens: jax.Array, segments: jax.Array | None) -> jax.Array:
+        """Places [B] of the last tokens that do not only pad; 0 where all do."""
+        real = tokens != self.config.special_tokens.pad if segments is None else segments != 0
+        return jnp.max(jnp.where(real, jnp.arange(tokens.shape[1]), 0), axis=1)
 
     def init_cache(self, batch_size: int, length: int) -> KVCache:
         """An empty cache with room for `length` tokens a row."""
         if length > self.config.max_length:
             raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {self.config.max_length}")
         return self.stack.init_cache(batch_size, length)
+
+
+def classifier(config: Any, *, rngs: nnx.Rngs) -> Linear | None:
+    """What scores classes, without a bias and in float32; None where the config's head scores none."""
+    if config.head != "sequence_classification":
+        return None
+    precision = dataclasses.replace(config.precision, compute="float32")
+    axes = ("embed", "classes")
+    return Linear(
+        config.width, len(config.labels), axes=axes, bias=False, rngs=rngs, precision=precision, init=normal(0.02)
+    )

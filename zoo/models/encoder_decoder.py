@@ -1,6 +1,7 @@
 """What encoder-decoder families share: a stack that reads a source, a causal one that attends to it, and their cache.
 
-Sources are [B, S] and the tokens of the decoder [B, T].
+Sources are [B, S] and the tokens of the decoder [B, T]. The config's `head` says what is scored; a config without one
+scores words.
 """
 
 import dataclasses
@@ -15,9 +16,10 @@ from flax import nnx
 from zoo.kernels import Bias, Mask
 from zoo.layers.attention import KVCache
 from zoo.layers.dropout import split
-from zoo.layers.linear import Embed, Head
+from zoo.layers.linear import Embed, Head, LayerError
 from zoo.layers.positions import SequenceError, check_length
 from zoo.layers.transformer import Intermediates, Stack
+from zoo.models.encoder_decoder_heads import AS_SOURCE, SOURCE_ALONE, Classifier
 from zoo.sharding import constrain
 
 
@@ -65,15 +67,19 @@ class Encoded(NamedTuple):
 
 
 class EncoderDecoderOutput(NamedTuple):
-    """logits: [B, T, V] float32.  cache: the one given, with what this call appended.  encoded: the source.
+    """logits: float32, of words [B, T, V]; of classes, of a text [B, C], of each token of the source [B, S, C], or that
+        an answer starts, and that it ends, at a token [B, T, 2]. None where the head scores nothing.
 
+    cache: the one given, with what this call appended.  encoded: the source.
     intermediates: of the decoder, where they were asked for; those of the encoder are in `encoded`.
+    hidden: of a model that scores nothing: the decoder's states [B, T, D], or the source's where there is no decoder.
     """
 
-    logits: jax.Array
+    logits: jax.Array | None
     cache: Cache | None
     encoded: Encoded | None
     intermediates: Intermediates | None = None
+    hidden: jax.Array | None = None
 
 
 class EncoderDecoderFeatures(NamedTuple):
@@ -86,24 +92,51 @@ class EncoderDecoderFeatures(NamedTuple):
 
 
 class EncoderDecoder(nnx.Module):
-    """Sources [B, S] and tokens [B, T] to logits [B, T, V].
+    """Sources [B, S] and tokens [B, T] to logits [B, T, V], or to what else the config's head gives.
 
     A family sets `config`, `embed`, `encoder` and `decoder`, whose blocks have cross-attention, and `unembed`, which is
-    None where the embedding scores too; it overrides what stands before and behind its stacks.
+    None where the embedding scores too; it overrides what stands before and behind its stacks. One with other heads
+    sets `classifier`, and `decoder` to None with those of SOURCE_ALONE.
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length (None: there is no limit).
     """
 
     config: Any
     embed: Embed
     encoder: Stack
-    decoder: Stack
+    decoder: Stack | None
     unembed: Embed | None
+    classifier: Classifier | None = None
 
     def __call__(
-        self, sources: jax.Array | None, tokens: jax.Array, *, key: jax.Array | None = None, **arguments: Any
+        self,
+        sources: jax.Array | None,
+        tokens: jax.Array | None = None,
+        *,
+        key: jax.Array | None = None,
+        **arguments: Any,
     ) -> EncoderDecoderOutput:
-        """Logits of the token after each of tokens [B, T] int32. The arguments are those of `features`."""
+        """Logits of the token after each of tokens [B, T] int32, or what else the head gives.
+
+        tokens: with the heads of AS_SOURCE, the source one token later unless given; with those of SOURCE_ALONE, none.
+        The other arguments are those of `features`.
+        """
+        key, head_key = (key, None) if self.classifier is None else split(key, 2)
+        if self._kind in SOURCE_ALONE:
+            if sources is None or tokens is not None:
+                raise SequenceError(f"head {self._kind!r} has no decoder: give sources, and no tokens")
+            segments = arguments.pop("source_segments", None)
+            encoded = self.encode(sources, segments=segments, key=key, **arguments)
+            if self.classifier is None:
+                return EncoderDecoderOutput(None, None, encoded, None, encoded.hidden)
+            return EncoderDecoderOutput(self.classifier(encoded.hidden, head_key), None, encoded)
+        if tokens is None:
+            tokens = self._one_later(sources)
         hidden, cache, encoded, intermediates = self.features(tokens, sources=sources, key=key, **arguments)
+        if self._kind == "none":
+            return EncoderDecoderOutput(None, cache, encoded, intermediates, hidden)
+        if self.classifier is not None:
+            states = self._at_end(hidden, sources) if self._kind == "sequence_classification" else hidden
+            return EncoderDecoderOutput(self.classifier(states, head_key), cache, encoded, intermediates)
         return EncoderDecoderOutput(self.logits(hidden)[..., : self.config.vocab_size], cache, encoded, intermediates)
 
     def hidden(self, sources: jax.Array, tokens: jax.Array, **arguments: Any) -> jax.Array:
@@ -137,6 +170,8 @@ class EncoderDecoder(nnx.Module):
             raise SequenceError("give one of sources, encoded and cache: what the decoder attends to")
         if segments is not None and cache is not None:
             raise SequenceError("segments given with a cache: a cached row is one text, so leave segments out")
+        if self.decoder is None:
+            raise LayerError(f"head {self._kind!r} has no decoder: `encode` gives what the model has")
         check_length(tokens.shape[1], self.config.max_length)
         encoder_key, embed_key, stack_key, end_key = split(key, 4)
         if sources is not None:
@@ -201,6 +236,8 @@ class EncoderDecoder(nnx.Module):
 
     def init_cache(self, encoded: Encoded, length: int) -> Cache:
         """A cache for an encoded source, with room for `length` tokens a row."""
+        if self.decoder is None:
+            raise LayerError(f"head {self._kind!r} has no decoder, and nothing to cache")
         longest = self.config.max_length
         if longest is not None and length > longest:
             raise SequenceError(f"a cache of {length} tokens exceeds the model's max_length {longest}")
@@ -209,13 +246,13 @@ class EncoderDecoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = (self.unembed or self.embed).attend(hidden)
+        logits = self._words().attend(hidden)
         leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
         return constrain(logits, *leading, "act_vocab")
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""
-        return (self.unembed or self.embed).head()
+        return self._words().head()
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
         """What enters the encoder, or the decoder, [B, T, D], of tokens at positions that broadcast to [B, T]."""
@@ -232,6 +269,37 @@ class EncoderDecoder(nnx.Module):
     def bias(self, *, decoding: bool) -> Bias | None:
         """Of the scores of self-attention in every block of the encoder, or of the decoder."""
         return None
+
+    @property
+    def _kind(self) -> str:
+        return getattr(self.config, "head", "lm")
+
+    def _words(self) -> Embed:
+        if self._kind != "lm":
+            raise LayerError(f"head {self._kind!r} scores no words: build the model with head 'lm'")
+        return self.unembed or self.embed
+
+    def _one_later(self, sources: jax.Array | None) -> jax.Array:
+        """Sources [B, S], one token later, behind the token that a decoder begins with."""
+        start = self.config.special_tokens.start
+        if sources is None or self._kind not in AS_SOURCE or start is None:
+            raise SequenceError(
+                f"no tokens for the decoder: only with head {' or '.join(AS_SOURCE)}, sources, and a start among "
+                "special_tokens it reads the source again"
+            )
+        return jnp.pad(sources[:, :-1], ((0, 0), (1, 0)), constant_values=start)
+
+    def _at_end(self, hidden: jax.Array, sources: jax.Array | None) -> jax.Array:
+        """The states of hidden [B, S, D] where the last token of eos stands in sources: [B, D]; NaN without one."""
+        if sources is None or sources.shape != hidden.shape[:2]:
+            raise SequenceError(
+                f"states {hidden.shape[:2]} for sources {None if sources is None else sources.shape}: classes are "
+                "scored where a source ends, so that the decoder takes as many tokens"
+            )
+        ends = jnp.isin(sources, jnp.array(self.config.special_tokens.eos))
+        last = jnp.max(jnp.where(ends, jnp.arange(sources.shape[1]), -1), axis=1)[:, None, None]
+        found = jnp.take_along_axis(hidden, jnp.maximum(last, 0), axis=1)[:, 0]
+        return jnp.where(last[:, 0] < 0, jnp.nan, found)
 
 
 def _context_mask(tokens: jax.Array, segments: jax.Array | None, context_segments: jax.Array) -> Mask:

@@ -30,8 +30,9 @@ from zoo.layers.linear import Embed, Precision, normal
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
-from zoo.models.decoder import Decoder, DecoderConfig
+from zoo.models.decoder import Decoder, DecoderConfig, classifier
 from zoo.models.published import (
+    LABELS,
     Layout,
     PublishedError,
     SpecialTokens,
@@ -45,6 +46,13 @@ from zoo.models.published import (
     size,
 )
 
+CLASSES = {
+    "lm": "GPT2LMHeadModel",
+    "none": "GPT2Model",
+    "sequence_classification": "GPT2ForSequenceClassification",
+}
+"""Heads, names in zoo.models.decoder.HEADS, and their classes of Hugging Face transformers."""
+
 
 @dataclass(frozen=True)
 class GPTConfig(DecoderConfig):
@@ -52,6 +60,8 @@ class GPTConfig(DecoderConfig):
 
     max_length: positions.  head_dim, mlp_width: width / num_heads and 4 width where None.
     windows: attention of each layer of a period, repeated over depth: None is dense, W sees the last W positions.
+    head: a name in CLASSES.  labels: names of the classes of "sequence_classification".
+    problem_type: how classes are read, a name in zoo.models.published.PROBLEMS; None where it is not said.
     dropout: of embeddings and residual branches.  attention_dropout: of attention weights, the same where None.
     special_tokens: what generation stops at, unless told.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
@@ -65,6 +75,9 @@ class GPTConfig(DecoderConfig):
     head_dim: int | None = None
     mlp_width: int | None = None
     windows: tuple[int | None, ...] = (None,)
+    head: str = "lm"
+    labels: tuple[str, ...] = LABELS
+    problem_type: str | None = None
     activation: str = "gelu_tanh"
     norm_epsilon: float = 1e-5
     dropout: float = 0.0
@@ -75,6 +88,7 @@ class GPTConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_dim", "mlp_width")
+        self.check_head()
 
     def build(self, rngs: nnx.Rngs) -> "GPT":
         return GPT(self, rngs=rngs)
@@ -97,7 +111,6 @@ class GPTConfig(DecoderConfig):
         require(
             fields,
             "GPT-2",
-            architectures=["GPT2LMHeadModel"],
             scale_attn_weights=True,
             scale_attn_by_inverse_layer_idx=False,
             add_cross_attention=False,
@@ -117,6 +130,7 @@ class GPTConfig(DecoderConfig):
             dropout=dropout,
             attention_dropout=number(fields, "attn_pdrop", 0.1),
             special_tokens=SpecialTokens.from_published(fields),
+            **cls.read_head(fields, "GPT-2", CLASSES),
         )
 
     def to_published(self) -> dict[str, Any]:
@@ -128,7 +142,7 @@ class GPTConfig(DecoderConfig):
         if self.head_dim not in (None, self.width // self.num_heads):
             raise PublishedError(f"head_dim {self.head_dim}: GPT-2's published layout has width / num_heads alone")
         return {
-            "architectures": ["GPT2LMHeadModel"],
+            **self.published_head(CLASSES),
             "model_type": "gpt2",
             "vocab_size": self.vocab_size,
             "n_positions": self.max_length,
@@ -145,7 +159,7 @@ class GPTConfig(DecoderConfig):
         } | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
-        return GPT2
+        return _layout(self.head)
 
 
 def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
@@ -166,7 +180,7 @@ def gpt_block(config: GPTConfig, *, rngs: nnx.Rngs) -> Block:
 
 
 class GPT(Decoder):
-    """Tokens [B, T] to logits [B, T, V].
+    """Tokens [B, T] to logits [B, T, V], or to what else config.head gives.
 
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
     """
@@ -185,6 +199,7 @@ class GPT(Decoder):
         )
         self.norm = LayerNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
         self.unembed = None
+        self.classifier = classifier(config, rngs=rngs)
 
     def embedded(
         self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None
@@ -196,25 +211,32 @@ class GPT(Decoder):
 
 _BLOCK = "stack.blocks.*"
 _QKV = tuple(f"{_BLOCK}.attention.{part}" for part in ("query", "key", "value"))
-_LAYER = "transformer.h.{}"
 
-# Published kernels are [in, out], as in GPT-2 alone.
-GPT2 = Layout(
-    (
-        Weight("transformer.wte.weight", ("embed.table",), "v d -> v d"),
-        Weight("transformer.wpe.weight", ("positions.table",), "t d -> t d"),
-        *norm(f"{_LAYER}.ln_1", f"{_BLOCK}.attention_norm"),
-        *linear(f"{_LAYER}.attn.c_attn", _QKV, "d (part n h) -> part d n h", "(part n h) -> part n h"),
-        *linear(f"{_LAYER}.attn.c_proj", f"{_BLOCK}.attention.out", "(n h) d -> n h d", "d -> d"),
-        *norm(f"{_LAYER}.ln_2", f"{_BLOCK}.feedforward_norm"),
-        *linear(f"{_LAYER}.mlp.c_fc", f"{_BLOCK}.feedforward.up", "d f -> d f", "f -> f"),
-        *linear(f"{_LAYER}.mlp.c_proj", f"{_BLOCK}.feedforward.down", "f d -> f d", "d -> d"),
-        *norm("transformer.ln_f", "norm"),
-    ),
-    prefix="transformer.",
-    tied={"lm_head.weight": "transformer.wte.weight"},
-    ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
-)
+
+def _layout(head: str) -> Layout:
+    """GPT-2's tensors; the class without a head has them at the top of its names, the others in `transformer`."""
+    prefix = "" if head == "none" else "transformer."
+    layer = f"{prefix}h.{{}}"
+    # Published kernels are [in, out], as in GPT-2 alone.
+    weights = (
+        Weight(f"{prefix}wte.weight", ("embed.table",), "v d -> v d"),
+        Weight(f"{prefix}wpe.weight", ("positions.table",), "t d -> t d"),
+        *norm(f"{layer}.ln_1", f"{_BLOCK}.attention_norm"),
+        *linear(f"{layer}.attn.c_attn", _QKV, "d (part n h) -> part d n h", "(part n h) -> part n h"),
+        *linear(f"{layer}.attn.c_proj", f"{_BLOCK}.attention.out", "(n h) d -> n h d", "d -> d"),
+        *norm(f"{layer}.ln_2", f"{_BLOCK}.feedforward_norm"),
+        *linear(f"{layer}.mlp.c_fc", f"{_BLOCK}.feedforward.up", "d f -> d f", "f -> f"),
+        *linear(f"{layer}.mlp.c_proj", f"{_BLOCK}.feedforward.down", "f d -> f d", "d -> d"),
+        *norm(f"{prefix}ln_f", "norm"),
+    )
+    if head == "sequence_classification":
+        weights += linear("score", "classifier", "c d -> d c")
+    return Layout(
+        weights,
+        prefix=prefix,
+        tied={"lm_head.weight": f"{prefix}wte.weight"} if head == "lm" else {},
+        ignored=(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)",),
+    )
 
 
 def _gpt3(num_layers: int, width: int, num_heads: int) -> GPTConfig:

@@ -3,7 +3,7 @@
 They are configurations of one module, which is Llama's (Touvron et al. 2023, "LLaMA" and "Llama 2"; Grattafiori et al.
 2024, "The Llama 3 Herd of Models") with grouped queries (Ainslie et al. 2023) and what each adds to it:
 
-- Llama 3.1 and 3.2: rotary frequencies scaled by wavelength, Llama3Scaling.
+- Llama 3.1 and 3.2: rotary frequencies scaled by wavelength, Llama3Scaling. Others of zoo.layers.positions fit as well.
 - Mistral 7B v0.1 (Jiang et al. 2023): a sliding window in every layer; later versions have none.
 - Qwen 2 and 2.5 (Yang et al. 2024): biases of queries, keys and values; a window in some layers where asked for.
 - Qwen 3 (Yang et al. 2025): no biases, and a normalisation over each head of queries and keys.
@@ -22,10 +22,11 @@ from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import Embed, LayerError, Precision, check_sizes
 from zoo.layers.norms import RMSNorm
-from zoo.layers.positions import LinearScaling, Llama3Scaling, Rotary
+from zoo.layers.positions import Llama3Scaling, Rotary
 from zoo.layers.transformer import Block, Stack
-from zoo.models.decoder import Decoder, DecoderConfig
+from zoo.models.decoder import Decoder, DecoderConfig, classifier
 from zoo.models.published import (
+    LABELS,
     Layout,
     PublishedError,
     SpecialTokens,
@@ -39,6 +40,7 @@ from zoo.models.published import (
     require,
     size,
 )
+from zoo.models.published_rotary import Scaling, read_rotary, rotary_fields
 
 CLASSES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"bos_token_id": 1, "eos_token_id": 2}),
@@ -63,6 +65,8 @@ class LlamaConfig(DecoderConfig):
 
     max_length: positions that it was trained for.  num_kv_heads, head_dim: num_heads and width / num_heads where None.
     windows: attention of each layer of a period, repeated over depth: None is dense, W sees the last W positions.
+    head: a name in zoo.models.decoder.HEADS.  labels: names of the classes of "sequence_classification".
+    problem_type: how classes are read, a name in zoo.models.published.PROBLEMS; None where it is not said.
     rope_theta, rope_scaling: of rotary positions, see Rotary.
     qkv_bias, out_bias: biases of attention's projections.  qk_norm: RMSNorm over each head of queries and of keys.
     tied: whether the embedding scores too; else the head has a table of its own.
@@ -81,10 +85,13 @@ class LlamaConfig(DecoderConfig):
     head_dim: int | None = None
     mlp_width: int = 11008
     windows: tuple[int | None, ...] = (None,)
+    head: str = "lm"
+    labels: tuple[str, ...] = LABELS
+    problem_type: str | None = None
     activation: str = "silu"
     norm_epsilon: float = 1e-5
     rope_theta: float = 10000.0
-    rope_scaling: LinearScaling | Llama3Scaling | None = None
+    rope_scaling: Scaling | None = None
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: bool = False
@@ -98,6 +105,7 @@ class LlamaConfig(DecoderConfig):
     def __post_init__(self) -> None:
         self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim")
         check_sizes(mlp_width=self.mlp_width)
+        self.check_head()
         if self.head_size % 2:
             raise LayerError(f"head_dim {self.head_size} is odd, and rotary positions turn pairs: choose an even one")
         if self.published not in CLASSES:
@@ -122,9 +130,9 @@ class LlamaConfig(DecoderConfig):
         published = fields["model_type"]
         name, defaults = CLASSES[published]
         fields = defaults | dict(fields)
-        require(fields, name, architectures=[f"{name}ForCausalLM"], mlp_bias=False, quantization_config=None)
+        require(fields, name, mlp_bias=False, quantization_config=None)
         bias = published in ("llama", "qwen3") and flag(fields, "attention_bias", False)
-        rope_theta, rope_scaling = _rope(fields, name)
+        rope_theta, rope_scaling = read_rotary(fields, name)
         return cls(
             vocab_size=size(fields, "vocab_size"),
             max_length=size(fields, "max_position_embeddings"),
@@ -146,6 +154,7 @@ class LlamaConfig(DecoderConfig):
             attention_dropout=number(fields, "attention_dropout", 0.0),
             special_tokens=SpecialTokens.from_published(fields),
             published=published,
+            **cls.read_head(fields, name, _classes(name)),
         )
 
     def to_published(self) -> dict[str, Any]:
@@ -167,7 +176,7 @@ class LlamaConfig(DecoderConfig):
                 f"width {self.width}: Llama's published layout has multiples of num_heads {self.num_heads} alone"
             )
         fields: dict[str, Any] = {
-            "architectures": [f"{name}ForCausalLM"],
+            **self.published_head(_classes(name)),
             "model_type": self.published,
             "vocab_size": self.vocab_size,
             "max_position_embeddings": self.max_length,
@@ -178,7 +187,7 @@ class LlamaConfig(DecoderConfig):
             "intermediate_size": self.mlp_width,
             "hidden_act": published_activation(self.activation),
             "rms_norm_eps": self.norm_epsilon,
-            "rope_parameters": _rope_parameters(self.rope_theta, self.rope_scaling),
+            "rope_parameters": rotary_fields(self.rope_theta, self.rope_scaling),
             "attention_dropout": self.attention_dropout,
             "tie_word_embeddings": self.tied,
         }
@@ -205,7 +214,9 @@ class LlamaConfig(DecoderConfig):
         }
 
     def published_layout(self) -> Layout:
-        layer, block = "model.layers.{}", "stack.blocks.*"
+        # The class without a head has its tensors at the top of their names.
+        prefix = "" if self.head == "none" else "model."
+        layer, block = f"{prefix}layers.{{}}", "stack.blocks.*"
         heads = "(n h) d -> d n h", "(n h) -> n h" if self.qkv_bias else None
         layers = [
             *norm(f"{layer}.input_layernorm", f"{block}.attention_norm", bias=False),
@@ -226,17 +237,30 @@ class LlamaConfig(DecoderConfig):
         if self.qk_norm:
             layers += norm(f"{layer}.self_attn.q_norm", f"{block}.attention.query_norm", bias=False)
             layers += norm(f"{layer}.self_attn.k_norm", f"{block}.attention.key_norm", bias=False)
+        scores, tied = (), {}
+        if self.head == "sequence_classification":
+            scores = linear("score", "classifier", "c d -> d c")
+        elif self.head == "lm" and self.tied:
+            tied = {"lm_head.weight": "model.embed_tokens.weight"}
+        elif self.head == "lm":
+            scores = (Weight("lm_head.weight", ("unembed.table",), "v d -> v d"),)
         return Layout(
             (
-                Weight("model.embed_tokens.weight", ("embed.table",), "v d -> v d"),
+                Weight(f"{prefix}embed_tokens.weight", ("embed.table",), "v d -> v d"),
                 *layers,
-                *norm("model.norm", "norm", bias=False),
-                *(() if self.tied else (Weight("lm_head.weight", ("unembed.table",), "v d -> v d"),)),
+                *norm(f"{prefix}norm", "norm", bias=False),
+                *scores,
             ),
-            prefix="model.",
-            tied={"lm_head.weight": "model.embed_tokens.weight"} if self.tied else {},
+            prefix=prefix,
+            tied=tied,
             ignored=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq",),
         )
+
+
+def _classes(name: str) -> dict[str, str]:
+    """Published classes by our names of their heads, of one of CLASSES."""
+    ends = {"lm": "ForCausalLM", "none": "Model", "sequence_classification": "ForSequenceClassification"}
+    return {head: f"{name}{end}" for head, end in ends.items()}
 
 
 def _windows(fields: Mapping[str, Any], published: str) -> tuple[int | None, ...]:
@@ -277,64 +301,6 @@ def _windows(fields: Mapping[str, Any], published: str) -> tuple[int | None, ...
     )
 
 
-def _rope(fields: Mapping[str, Any], name: str) -> tuple[float, LinearScaling | Llama3Scaling | None]:
-    """rope_theta and rope_scaling, from `rope_parameters` or the fields of older files."""
-    # An older file's rope_scaling wins over rope_parameters, as in transformers.
-    where = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    given = fields.get(where) or {}
-    if not isinstance(given, dict):
-        raise PublishedError(f"config.json has {where} {given!r}: the model needs an object there")
-    found = {"rope_theta": fields.get("rope_theta", 10000.0)} | given
-    found["rope_type"] = kind = found.get("rope_type", found.pop("type", "default"))
-    llama3 = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    parts = {"default": (), "linear": ("factor",), "llama3": llama3}
-    if not isinstance(kind, str) or kind not in parts:
-        raise PublishedError(f"config.json has {where} of type {kind!r}, and a {name} here has {', '.join(parts)}")
-    require(fields, name, partial_rotary_factor=1.0)
-    require(found, f"{name}'s {where}", partial_rotary_factor=1.0)
-    known = {"rope_theta", "rope_type", "partial_rotary_factor", *parts[kind]}
-    if unknown := sorted(key for key in found.keys() - known if found[key] is not None):
-        raise PublishedError(
-            f"config.json has {where} with {unknown[0]} {found[unknown[0]]!r}, which those of type {kind!r} lack here"
-        )
-    theta = _positive(found, "rope_theta")
-    if kind == "default":
-        return theta, None
-    if kind == "linear":
-        return theta, LinearScaling(_positive(found, "factor"))
-    # As in transformers: the field beside rope_parameters, where there is one, wins over the one within.
-    name = "original_max_position_embeddings"
-    original = {name: fields.get("max_position_embeddings")} | found | {k: v for k, v in fields.items() if k == name}
-    return theta, Llama3Scaling(
-        factor=_positive(found, "factor"),
-        slow=_positive(found, "low_freq_factor"),
-        fast=_positive(found, "high_freq_factor"),
-        original_length=size(original, name),
-    )
-
-
-def _positive(fields: Mapping[str, Any], name: str) -> float:
-    value = number({name: fields.get(name)}, name, 0.0)
-    if not value:
-        raise PublishedError(f"config.json has {name} {value!r}: rotary positions need a number above 0 there")
-    return value
-
-
-def _rope_parameters(theta: float, scaling: LinearScaling | Llama3Scaling | None) -> dict[str, Any]:
-    if scaling is None:
-        return {"rope_theta": theta, "rope_type": "default"}
-    if isinstance(scaling, LinearScaling):
-        return {"factor": scaling.factor, "rope_theta": theta, "rope_type": "linear"}
-    return {
-        "factor": scaling.factor,
-        "high_freq_factor": scaling.fast,
-        "low_freq_factor": scaling.slow,
-        "original_max_position_embeddings": scaling.original_length,
-        "rope_theta": theta,
-        "rope_type": "llama3",
-    }
-
-
 def llama_block(config: LlamaConfig, *, rngs: nnx.Rngs) -> Block:
     """One layer of a Llama; called with mask=Mask(causal=True)."""
     common = {"rngs": rngs, "precision": config.precision}
@@ -358,7 +324,7 @@ def llama_block(config: LlamaConfig, *, rngs: nnx.Rngs) -> Block:
 
 
 class Llama(Decoder):
-    """Tokens [B, T] to logits [B, T, V].
+    """Tokens [B, T] to logits [B, T, V], or to what else config.head gives.
 
     Raises SequenceError where a sequence, or a cache, is longer than config.max_length.
     """
@@ -375,7 +341,9 @@ class Llama(Decoder):
             rngs=rngs,
         )
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon, precision=config.precision)
-        self.unembed = None if config.tied else Embed(config.vocab_size, config.width, **common)
+        own = config.head == "lm" and not config.tied
+        self.unembed = Embed(config.vocab_size, config.width, **common) if own else None
+        self.classifier = classifier(config, rngs=rngs)
 
 
 def _llama3(num_layers: int, width: int, num_heads: int, mlp_width: int, **others: Any) -> LlamaConfig:

@@ -143,6 +143,20 @@ def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:
             raise PublishedError(f"config.json has {name} {found!r}, and a {family} here has {value!r} alone")
 
 
+def head(fields: Mapping[str, Any], family: str, classes: Mapping[str, str]) -> str:
+    """Our name of the head whose class `architectures` names; the first of `classes` where it is left out.
+
+    classes: published classes by our names of their heads.
+    """
+    found = fields.get("architectures", [next(iter(classes.values()))])
+    for ours, published in classes.items():
+        if found == [published]:
+            return ours
+    raise PublishedError(
+        f"config.json has architectures {found!r}, and a {family} here is one of {', '.join(classes.values())}"
+    )
+
+
 def size(fields: Mapping[str, Any], name: str, *, optional: bool = False) -> Any:
     """A field of config.json that is a whole number from 1; None where it may be left out and is."""
     value = fields.get(name)

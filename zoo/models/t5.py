@@ -29,13 +29,24 @@ from zoo.layers.linear import Embed, LayerError, Precision, check_sizes, normal
 from zoo.layers.norms import RMSNorm
 from zoo.layers.transformer import Block, Stack
 from zoo.models.encoder_decoder import EncoderDecoder
+from zoo.models.encoder_decoder_heads import (
+    SOURCE_ALONE,
+    check_head,
+    classifier,
+    classifier_weights,
+    head_flops,
+    published_head,
+    read_head,
+)
 from zoo.models.published import (
     ACTIVATIONS,
+    LABELS,
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     flag,
+    head,
     linear,
     norm,
     number,
@@ -43,6 +54,16 @@ from zoo.models.published import (
     require,
     size,
 )
+
+HEADS = {
+    "lm": "ForConditionalGeneration",
+    "none": "Model",
+    "encoder": "EncoderModel",
+    "sequence_classification": "ForSequenceClassification",
+    "token_classification": "ForTokenClassification",
+    "question_answering": "ForQuestionAnswering",
+}
+"""Heads, names in encoder_decoder_heads.HEADS, and how their published classes' names end."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +75,10 @@ class T5Config:
     buckets: of distances, for which each head has a bias; max_distance: from which on all share the last bucket.
     gated: T5 1.1's feed-forward network.  tied: whether words are scored against the embeddings.
     scaled: whether states are scaled by 1 / sqrt(D) before that.
+    head: a name in HEADS.  labels: names of the classes of heads that score some.
+    problem_type: how classes of a text are read, a name in zoo.models.published.PROBLEMS; None where it is not said.
     dropout: of embeddings, residual branches, attention weights, hidden features and what leaves a stack.
+    classifier_dropout: of what classes are scored from.
     special_tokens: start is what the decoder begins with.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
     """
@@ -72,8 +96,12 @@ class T5Config:
     gated: bool = False
     tied: bool = True
     scaled: bool = True
+    head: str = "lm"
+    labels: tuple[str, ...] = LABELS
+    problem_type: str | None = None
     norm_epsilon: float = 1e-6
     dropout: float = 0.1
+    classifier_dropout: float = 0.0
     model_type: str = "t5"
     special_tokens: SpecialTokens = SpecialTokens(eos=(1,), pad=0, start=0)
     remat: str = "none"
@@ -84,6 +112,7 @@ class T5Config:
     def __post_init__(self) -> None:
         names = ("vocab_size", "num_layers", "width", "num_heads", "head_dim", "mlp_width", "max_distance")
         check_sizes(num_decoder_layers=self.decoder_layers, **{name: getattr(self, name) for name in names})
+        check_head(self, HEADS)
         if self.buckets < 4 or self.buckets % 4:
             raise LayerError(
                 f"buckets {self.buckets} are no multiple of 4: half are for each side, half of those exact"
@@ -113,8 +142,8 @@ class T5Config:
         decoder = (
             length * (1.5 * attention + mlp) + source * 0.5 * attention + (length**2 + 2 * length * source) * heads
         )
-        head = length * self.width * self.vocab_size
-        return 2.0 * (self.num_layers * encoder + self.decoder_layers * decoder + head)
+        layers = 0 if self.head in SOURCE_ALONE else self.decoder_layers
+        return 2.0 * (self.num_layers * encoder + layers * decoder + head_flops(self, source, length))
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "T5Config":
@@ -123,8 +152,6 @@ class T5Config:
         require(
             fields,
             "T5",
-            architectures=[_CLASSES[model_type]],
-            is_encoder_decoder=True,
             is_decoder=False,
             scalable_attention=True,
         )
@@ -139,6 +166,9 @@ class T5Config:
         require(fields, f"T5 with feed_forward_proj {projection!r}", dense_act_fn=name)
         # A head of its own needs no scale, which is how older files say it. mT5 has none by either name.
         scaled = flag(fields, "scale_decoder_outputs", flag(fields, "tie_word_embeddings", True)) and model_type == "t5"
+        kind = head(fields, model_type.upper(), _classes(model_type))
+        if kind not in SOURCE_ALONE:  # Files of those say the one or the other.
+            require(fields, "T5", is_encoder_decoder=True)
         layers = size(fields, "num_layers")
         return cls(
             vocab_size=size(fields, "vocab_size"),
@@ -154,7 +184,9 @@ class T5Config:
             ),
             activation=ACTIVATIONS[name],
             gated=projection.startswith("gated-"),
-            tied=scaled,
+            tied=scaled or kind != "lm",
+            head=kind,
+            **read_head(fields, "T5", kind),
             scaled=scaled,
             norm_epsilon=number(fields, "layer_norm_epsilon", 1e-6),
             dropout=number(fields, "dropout_rate", 0.1),
@@ -173,9 +205,9 @@ class T5Config:
             raise PublishedError("scaled True: a published mT5 scores states as they are")
         projection = "gelu" if self.gated and name == "gelu_new" else name
         return {
-            "architectures": [_CLASSES[self.model_type]],
+            "architectures": [_classes(self.model_type)[self.head]],
             "model_type": self.model_type,
-            "is_encoder_decoder": True,
+            "is_encoder_decoder": self.head not in SOURCE_ALONE,
             "vocab_size": self.vocab_size,
             "num_layers": self.num_layers,
             "num_decoder_layers": self.decoder_layers,
@@ -192,6 +224,7 @@ class T5Config:
             "dropout_rate": self.dropout,
             "tie_word_embeddings": self.tied,
             **({"scale_decoder_outputs": self.scaled} if self.model_type == "t5" else {}),
+            **published_head(self),
             **self.special_tokens.to_published(),
         }
 
@@ -200,13 +233,15 @@ class T5Config:
 
         Where states are scaled, as for the embeddings, a head in the file is a copy of them, which reading checks.
         """
-        return dataclasses.replace(self, tied=self.scaled or "lm_head.weight" not in names)
+        return dataclasses.replace(self, tied=self.head != "lm" or self.scaled or "lm_head.weight" not in names)
 
     def published_layout(self) -> Layout:
         return _layout(self)
 
 
-_CLASSES = {"t5": "T5ForConditionalGeneration", "mt5": "MT5ForConditionalGeneration"}
+def _classes(model_type: str) -> dict[str, str]:
+    """Published classes by our names of their heads."""
+    return {head: f"{model_type.upper()}{end}" for head, end in HEADS.items()}
 
 
 def bucket(distance: jax.Array, count: int, max_distance: int) -> jax.Array:
@@ -287,13 +322,14 @@ def t5_block(config: T5Config, *, decoding: bool, rngs: nnx.Rngs) -> Block:
 
 
 class T5(EncoderDecoder):
-    """Sources [B, S] and tokens [B, T] to logits [B, T, V]; lengths are not bounded."""
+    """Sources [B, S] and tokens [B, T] to logits [B, T, V], or to what else config.head gives; of any length."""
 
     def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
         self.config = config
         common = {"rngs": rngs, "precision": config.precision}
         self.embed = Embed(config.vocab_size, config.width, init=normal(1.0), **common)
-        self.unembed = None if config.tied else Embed(config.vocab_size, config.width, init=normal(1.0), **common)
+        own = config.head == "lm" and not config.tied
+        self.unembed = Embed(config.vocab_size, config.width, init=normal(1.0), **common) if own else None
         norm = partial(RMSNorm, config.width, epsilon=config.norm_epsilon, precision=config.precision)
 
         def stack(num_layers: int, *, decoding: bool) -> Stack:
@@ -302,33 +338,38 @@ class T5(EncoderDecoder):
 
         self.encoder, self.encoder_norm = stack(config.num_layers, decoding=False), norm()
         self.encoder_bias = RelativeBias(config, causal=False, rngs=rngs)
-        self.decoder, self.decoder_norm = stack(config.decoder_layers, decoding=True), norm()
-        self.decoder_bias = RelativeBias(config, causal=True, rngs=rngs)
+        decodes = config.head not in SOURCE_ALONE
+        self.decoder = stack(config.decoder_layers, decoding=True) if decodes else None
+        self.decoder_norm = norm() if decodes else None
+        self.decoder_bias = RelativeBias(config, causal=True, rngs=rngs) if decodes else None
+        self.classifier = classifier(config, init=normal(config.width**-0.5), rngs=rngs)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
         return dropout(self.embed(tokens), self.config.dropout, key)
 
     def ended(self, x: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
-        norm = self.decoder_norm if decoding else self.encoder_norm
+        norm = self.encoder_norm if self.decoder_norm is None or not decoding else self.decoder_norm
         return dropout(norm(x), self.config.dropout, key)
 
     def scored(self, x: jax.Array) -> jax.Array:
-        return x * self.config.width**-0.5 if self.config.scaled else x
+        return x * self.config.width**-0.5 if self.config.scaled and self.config.head == "lm" else x
 
     def bias(self, *, decoding: bool) -> Bias:
-        return self.decoder_bias() if decoding else self.encoder_bias()
+        return self.encoder_bias() if self.decoder_bias is None or not decoding else self.decoder_bias()
 
 
 def _layout(config: T5Config) -> Layout:
+    prefix = "transformer." if config.head in ("sequence_classification", "token_classification") else ""
+
     def attention(name: str, module: str) -> tuple[Weight, ...]:
         into = [linear(f"{name}.{x}", f"{module}.{part}", "(n h) d -> d n h") for x, part in _PARTS.items()]
         return (*(weight for one in into for weight in one), *linear(f"{name}.o", f"{module}.out", "d (n h) -> n h d"))
 
     def stack(name: str, sublayers: int) -> tuple[Weight, ...]:
-        layer, block = f"{name}.block.{{}}.layer", f"{name}.blocks.*"
+        layer, block = f"{prefix}{name}.block.{{}}.layer", f"{name}.blocks.*"
         last = sublayers - 1
         into = {"wi_0": "gate", "wi_1": "up"} if config.gated else {"wi": "up"}
-        table = f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+        table = f"{prefix}{name}.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
         return (
             *attention(f"{layer}.0.SelfAttention", f"{block}.attention"),
             Weight(table, (f"{name}_bias.table",), "c n -> c n"),
@@ -344,22 +385,27 @@ def _layout(config: T5Config) -> Layout:
             ),
             *linear(f"{layer}.{last}.DenseReluDense.wo", f"{block}.feedforward.down", "d f -> f d"),
             *norm(f"{layer}.{last}.layer_norm", f"{block}.feedforward_norm", bias=False),
-            *norm(f"{name}.final_layer_norm", f"{name}_norm", bias=False),
+            *norm(f"{prefix}{name}.final_layer_norm", f"{name}_norm", bias=False),
         )
 
     weights = (
-        Weight("shared.weight", ("embed.table",), "v d -> v d"),
+        Weight(f"{prefix}shared.weight", ("embed.table",), "v d -> v d"),
         *stack("encoder", 2),
-        *stack("decoder", 3),
+        *(() if config.head in SOURCE_ALONE else stack("decoder", 3)),
     )
-    copies = ["encoder.embed_tokens.weight", "decoder.embed_tokens.weight"]
-    if config.tied:
+    copies = [f"{prefix}encoder.embed_tokens.weight", f"{prefix}decoder.embed_tokens.weight"]
+    # A table of biases that early releases have for cross-attention, and no code reads.
+    unread = [r"(transformer\.)?decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"]
+    if config.head != "lm":
+        unread.append(r"lm_head\.weight")  # Of a file that was pretrained to score words.
+    elif config.tied:
         copies.append("lm_head.weight")
     else:
         weights += (Weight("lm_head.weight", ("unembed.table",), "v d -> v d"),)
-    # A table of biases that early releases have for cross-attention, and no code reads.
-    unread = r"decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight"
-    return Layout(weights, tied=dict.fromkeys(copies, "shared.weight"), ignored=(unread,))
+    if config.head in SOURCE_ALONE:
+        unread.append(r"(transformer\.)?decoder\..*")
+    weights += classifier_weights(config.head)
+    return Layout(weights, prefix, tied=dict.fromkeys(copies, f"{prefix}shared.weight"), ignored=tuple(unread))
 
 
 _PARTS = {"q": "query", "k": "key", "v": "value"}

@@ -26,24 +26,28 @@ from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions, sinusoids
 from zoo.layers.transformer import Block, Stack
 from zoo.models.encoder_decoder import EncoderDecoder
+from zoo.models.encoder_decoder_heads import check_head, classifier, head_flops, published_head, read_head
 from zoo.models.published import (
+    LABELS,
     Layout,
     PublishedError,
     SpecialTokens,
-    Weight,
     activation,
     flag,
-    linear,
-    norm,
+    head,
     number,
     published_activation,
     require,
     size,
 )
+from zoo.models.transformer_layout import layout
 from zoo.sharding import constrain
 
 POSITIONS = ("interleaved", "halves", "learned")
 """Sines and cosines in turn; all sines, then all cosines; one vector for each position."""
+
+HEADS = ("lm", "sequence_classification", "question_answering")
+"""Of encoder_decoder_heads.HEADS; the latter two are published with BART."""
 
 OFFSET = 2
 """Rows before position 0 in BART's tables of positions. Nothing reads them."""
@@ -62,7 +66,10 @@ class TransformerConfig:
     attention_bias: whether projections of attention have biases.
     tied: whether words are scored against the embeddings.  logits_bias: whether a bias is added to their scores. It is
         learned, as by Marian; Hugging Face's code holds it as it is.
+    head: a name in HEADS.  labels: names of the classes of heads that score some.
+    problem_type: how classes of a text are read, a name in zoo.models.published.PROBLEMS; None where it is not said.
     dropout: of embeddings and residual branches.  mlp_dropout: of hidden features.
+    classifier_dropout: of what classes of a text are scored from.
     model_type: what it is published as, "marian" or "bart"; "transformer" has no published form.
     special_tokens: start is what the decoder begins with; the vector of pad gets no gradient from where it stands.
     remat: what the backward pass keeps, a name in zoo.layers.transformer.REMAT_POLICIES.
@@ -90,6 +97,10 @@ class TransformerConfig:
     dropout: float = 0.1
     attention_dropout: float = 0.0
     mlp_dropout: float = 0.0
+    classifier_dropout: float = 0.0
+    head: str = "lm"
+    labels: tuple[str, ...] = LABELS
+    problem_type: str | None = None
     model_type: str = "transformer"
     special_tokens: SpecialTokens = SpecialTokens()
     remat: str = "none"
@@ -105,6 +116,9 @@ class TransformerConfig:
             raise LayerError("positions 'learned' with max_length None: say how many there are")
         if self.positions != "learned" and self.width % 2:
             raise LayerError(f"width {self.width} is odd, and sines need cosines: choose {self.width + 1}")
+        check_head(self, HEADS)
+        if self.head != "lm" and self.logits_bias:
+            raise LayerError(f"logits_bias True with head {self.head!r}, which scores no words: leave it False")
         if self.model_type not in ("transformer", *_CLASSES):
             raise LayerError(f"model_type {self.model_type!r} is none of transformer, {', '.join(_CLASSES)}")
 
@@ -132,18 +146,14 @@ class TransformerConfig:
         # Queries and the output of cross-attention are the decoder's, its keys and values the source's.
         decoder = (6 * length + 2 * source) * self.width**2 + length * 2 * self.width * hidden
         decoder += (length**2 + 2 * length * source) * self.width
-        return 2.0 * (layers * encoder + decoder_layers * decoder + length * self.width * self.vocab_size)
+        return 2.0 * (layers * encoder + decoder_layers * decoder + head_flops(self, source, length))
 
     @classmethod
     def from_published(cls, fields: Mapping[str, Any]) -> "TransformerConfig":
         """From the config.json of a Marian or BART; raises PublishedError for one that this module cannot be."""
         model_type = fields["model_type"]
         classes, family = _CLASSES[model_type], model_type.upper() if model_type == "bart" else "Marian"
-        architectures = fields.get("architectures", [classes[0]])
-        if architectures not in [[name] for name in classes]:
-            raise PublishedError(
-                f"config.json has architectures {architectures!r}, and a {family} here is one of {', '.join(classes)}"
-            )
+        kind = head(fields, family, classes)
         fields = _DEFAULTS[model_type] | dict(fields)
         vocab_size = size(fields, "vocab_size")
         require(fields, family, **_ALONE, **_ALONE_OF[model_type])
@@ -164,7 +174,11 @@ class TransformerConfig:
             scaled=flag(fields, "scale_embedding", False),
             embed_norm=not marian,
             attention_bias=True,
-            logits_bias=architectures[0] != "BartModel",
+            logits_bias=kind == "lm",
+            head="lm" if kind == "bare" else kind,
+            **read_head(
+                {} if marian else {"num_labels": 2 if kind == "question_answering" else 3} | fields, family, kind
+            ),
             activation=activation(fields, "activation_function", "gelu"),
             norm_epsilon=1e-5,
             dropout=number(fields, "dropout", 0.1),
@@ -179,9 +193,12 @@ class TransformerConfig:
         if self.model_type not in _CLASSES:
             raise PublishedError(f"model_type {self.model_type!r} has no published form: {', '.join(_CLASSES)} have")
         classes = _CLASSES[self.model_type]
+        kind = "bare" if self.head == "lm" and not self.logits_bias else self.head
+        if kind not in classes:
+            kind = "lm"  # What differs from it is told below.
         encoder, decoder = self.sizes(decoding=False), self.sizes(decoding=True)
         fields = {
-            "architectures": [classes[0] if self.logits_bias else classes[-1]],
+            "architectures": [classes[kind]],
             "model_type": self.model_type,
             "is_encoder_decoder": True,
             "vocab_size": self.vocab_size,
@@ -201,7 +218,8 @@ class TransformerConfig:
             "activation_dropout": self.mlp_dropout,
             "tie_word_embeddings": True,
             "forced_eos_token_id": None,
-        } | self.special_tokens.to_published()
+        }
+        fields |= published_head(self) | self.special_tokens.to_published()
         back = dataclasses.replace(type(self).from_published(fields), remat=self.remat, precision=self.precision)
         # What those families have one value of is in no field of theirs.
         for name in (one.name for one in dataclasses.fields(self)):
@@ -212,16 +230,26 @@ class TransformerConfig:
 
     def with_tensors(self, names: Collection[str]) -> "TransformerConfig":
         """As a file with these tensors has it: a BART with a bias of its logits is more than a bare one."""
-        bias = self.logits_bias if self.model_type != "bart" else "final_logits_bias" in names
+        told = self.model_type != "bart" or self.head != "lm"
+        bias = self.logits_bias if told else "final_logits_bias" in names
         return dataclasses.replace(self, logits_bias=bias)
 
     def published_layout(self) -> Layout:
-        return _layout(self)
+        return layout(self)
 
 
 _DECODERS = ("num_decoder_layers", "num_decoder_heads", "decoder_mlp_width")
 
-_CLASSES = {"marian": ("MarianMTModel",), "bart": ("BartForConditionalGeneration", "BartModel")}
+_CLASSES = {
+    "marian": {"lm": "MarianMTModel"},
+    "bart": {
+        "lm": "BartForConditionalGeneration",
+        "bare": "BartModel",
+        "sequence_classification": "BartForSequenceClassification",
+        "question_answering": "BartForQuestionAnswering",
+    },
+}
+"""Published classes by our names of their heads; the bare one scores words too, without a bias."""
 
 _ALONE = {
     "is_encoder_decoder": True,
@@ -310,7 +338,7 @@ def vector_init(config: TransformerConfig) -> Initializer:
 
 
 class Transformer(EncoderDecoder):
-    """Sources [B, S] and tokens [B, T] to logits [B, T, V]."""
+    """Sources [B, S] and tokens [B, T] to logits [B, T, V], or to what else config.head gives."""
 
     def __init__(self, config: TransformerConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -327,6 +355,7 @@ class Transformer(EncoderDecoder):
 
         self.source, self.encoder = Side(config, config.source_vocab_size, rngs=rngs), stack(decoding=False)
         self.target, self.decoder = Side(config, None, rngs=rngs), stack(decoding=True)
+        self.classifier = classifier(config, init=kernel_init(config), rngs=rngs)
 
     def embedded(self, tokens: jax.Array, positions: jax.Array, key: jax.Array | None, *, decoding: bool) -> jax.Array:
         config, side = self.config, self.target if decoding else self.source
@@ -355,48 +384,6 @@ class Transformer(EncoderDecoder):
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied, and a bias."""
         return super().head()._replace(bias=None if self.words is None else self.words.bias[...])
-
-
-def _layout(config: TransformerConfig) -> Layout:
-    """The names of Marian's and BART's tensors; the bare BART's leave out that they are of a `model`."""
-    prefix = "model." if config.logits_bias else ""
-
-    def attention(name: str, module: str) -> tuple[Weight, ...]:
-        into = [
-            linear(f"{name}.{short}_proj", f"{module}.{part}", "(n h) d -> d n h", "(n h) -> n h")
-            for short, part in (("k", "key"), ("v", "value"), ("q", "query"))
-        ]
-        out = linear(f"{name}.out_proj", f"{module}.out", "d (n h) -> n h d", "d -> d")
-        return (*(weight for one in into for weight in one), *out)
-
-    def stack(name: str, side: str) -> tuple[Weight, ...]:
-        layer, block, weights = f"{prefix}{name}.layers.{{}}", f"{name}.blocks.*", ()
-        if config.positions == "learned":
-            table = f"{prefix}{name}.embed_positions.weight"
-            weights += (Weight(table, (f"{side}.positions.table",), "t d -> t d"),)
-        if config.embed_norm:
-            weights += norm(f"{prefix}{name}.layernorm_embedding", f"{side}.embed_norm")
-        if name == "decoder":
-            weights += attention(f"{layer}.encoder_attn", f"{block}.cross_attention")
-            weights += norm(f"{layer}.encoder_attn_layer_norm", f"{block}.cross_norm")
-        return (
-            *weights,
-            *attention(f"{layer}.self_attn", f"{block}.attention"),
-            *norm(f"{layer}.self_attn_layer_norm", f"{block}.attention_norm"),
-            *linear(f"{layer}.fc1", f"{block}.feedforward.up", "f d -> d f", "f -> f"),
-            *linear(f"{layer}.fc2", f"{block}.feedforward.down", "d f -> f d", "d -> d"),
-            *norm(f"{layer}.final_layer_norm", f"{block}.feedforward_norm"),
-        )
-
-    shared = f"{prefix}shared.weight"
-    weights = (Weight(shared, ("embed.table",), "v d -> v d"), *stack("encoder", "source"), *stack("decoder", "target"))
-    if config.logits_bias:
-        weights += (Weight("final_logits_bias", ("words.bias",), "1 v -> v"),)
-    copies = (f"{prefix}encoder.embed_tokens.weight", f"{prefix}decoder.embed_tokens.weight", "lm_head.weight")
-    constants = r"(encoder|decoder)\.version"
-    if config.positions != "learned":
-        constants += r"|(encoder|decoder)\.embed_positions\.weight"
-    return Layout(weights, prefix, tied=dict.fromkeys(copies, shared), ignored=(rf"(model\.)?({constants})",))
 
 
 _BIG = TransformerConfig(width=1024, num_heads=16, mlp_width=4096, dropout=0.3)
