@@ -19,7 +19,7 @@ import numpy as np
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
-RATES = {"gpt-nano": 1e-3, "bert-nano": 1e-3, "vit-digits": 1e-3}
+RATES = {"gpt-nano": 1e-3, "llama-nano": 1e-3, "bert-nano": 1e-3, "xlnet-nano": 1e-3, "vit-digits": 1e-3}
 CHANGES: dict[str, dict[str, Any]] = {"vit-digits": {"pool": "class"}}
 """What of a recipe's model has no published form, and what stands for it."""
 
