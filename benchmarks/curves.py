@@ -10,6 +10,7 @@ one and trains on the others. Float32 on a CPU. Writes docs/curves/RECIPE.png an
 import argparse
 import dataclasses
 import json
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
-RATES = {"gpt-nano": 1e-3, "bert-nano": 1e-3, "vit-digits": 1e-3, "t5-nano": 1e-3, "bart-nano": 1e-3}
+RATES = dict.fromkeys(("gpt-nano", "llama-nano", "bert-nano", "xlnet-nano", "t5-nano", "bart-nano", "vit-digits"), 1e-3)
 CHANGES: dict[str, dict[str, Any]] = {"vit-digits": {"pool": "class"}}
 """What of a recipe's model has no published form, and what stands for it."""
 
@@ -33,14 +34,20 @@ def main() -> None:
     for name in options.recipes:
         with tempfile.TemporaryDirectory() as folder:
             ours = train(name, options.steps, Path(folder))
-            run = [options.torch_python, str(TORCH), folder]
-            theirs = json.loads(subprocess.run(run, stdout=subprocess.PIPE, check=True).stdout)
+            theirs = in_torch([options.torch_python, str(TORCH), folder])
         apart = np.abs(np.array(ours) - theirs)
         print(
             f"{name:12s} loss {ours[0]:.4f} to {ours[-1]:.4f}, torch {theirs[0]:.4f} to {theirs[-1]:.4f}; "
             f"apart at most {apart[:20].max():.1e} in 20 steps, {apart.max():.1e} in {len(apart)}"
         )
         draw(name, ours, theirs)
+
+
+def in_torch(command: list[str]) -> list[float]:
+    # transformers would take this repository's folder `kernels` for a package of that name.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    return json.loads(run.stdout)
 
 
 def train(name: str, steps: int, folder: Path) -> list[float]:

@@ -32,6 +32,18 @@ def masked_words(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     return (losses * weights).sum() / weights.sum() + pairs
 
 
+def permuted_words(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Tokens see those that become known before them, and what is known from the beginning."""
+    order, places, weights = batch["order"], batch["places"], batch["weights"].flatten()
+    unseen = (order[:, None, :] >= order[:, :, None]) & (order[:, None, :] > 0)
+    mapping = torch.nn.functional.one_hot(places, order.shape[1]).float()
+    types = batch["token_types"]
+    out = model(batch["tokens"], token_type_ids=types, perm_mask=unseen.float(), target_mapping=mapping)
+    targets = batch["targets"].flatten()
+    losses = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
+
+
 def classes(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     logits = model(batch["images"].permute(0, 3, 1, 2)).logits
     return torch.nn.functional.cross_entropy(logits, batch["labels"])
@@ -45,7 +57,9 @@ def written(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 LOSSES = {
     "GPT2LMHeadModel": next_token,
+    "LlamaForCausalLM": next_token,
     "BertForPreTraining": masked_words,
+    "XLNetLMHeadModel": permuted_words,
     "ViTForImageClassification": classes,
     "T5ForConditionalGeneration": written,
     "BartForConditionalGeneration": written,
@@ -58,6 +72,7 @@ def main() -> None:
     model = getattr(transformers, name).from_pretrained(folder / "model", attn_implementation="sdpa").train()
     if "final_logits_bias" in model._buffers:  # BART's, which the published code holds as it is.
         model.final_logits_bias = torch.nn.Parameter(model._buffers.pop("final_logits_bias"))
+    model = getattr(transformers, name).from_pretrained(folder / "model").train()
     given = dict(numpy.load(folder / "batches.npz"))
     rates = given.pop("rates")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)

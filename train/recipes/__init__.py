@@ -9,19 +9,27 @@ from zoo.train.recipes.bart import bart_base, bart_nano
 from zoo.train.recipes.bert import bert_base, bert_nano
 from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
+from zoo.train.recipes.llama import llama_3_2_1b, llama_nano
 from zoo.train.recipes.t5 import t5_base, t5_nano
-from zoo.train.recipes.vit_digits import vit_digits
+from zoo.train.recipes.vit import vit_b16, vit_digits, vit_s16
+from zoo.train.recipes.xlnet import xlnet_base, xlnet_nano
 
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
     "ddpm-digits": ddpm_digits,
     "vit-digits": vit_digits,
+    "vit-s16": vit_s16,
+    "vit-b16": vit_b16,
     "bert-nano": bert_nano,
     "bert-base": bert_base,
     "t5-nano": t5_nano,
     "t5-base": t5_base,
     "bart-nano": bart_nano,
     "bart-base": bart_base,
+    "llama-nano": llama_nano,
+    "llama-3.2-1b": llama_3_2_1b,
+    "xlnet-nano": xlnet_nano,
+    "xlnet-base": xlnet_base,
     **gpt2.RECIPES,
     **gpt3.RECIPES,
 }
