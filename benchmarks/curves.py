@@ -20,7 +20,8 @@ import numpy as np
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
-RATES = dict.fromkeys(("gpt-nano", "llama-nano", "bert-nano", "xlnet-nano", "t5-nano", "bart-nano", "vit-digits"), 1e-3)
+RECIPES = ("gpt-nano", "llama-nano", "bert-nano", "xlnet-nano", "t5-nano", "bart-nano", "vit-digits")
+RATE = 1e-3
 CHANGES: dict[str, dict[str, Any]] = {"vit-digits": {"pool": "class"}}
 """What of a recipe's model has no published form, and what stands for it."""
 
@@ -28,7 +29,7 @@ CHANGES: dict[str, dict[str, Any]] = {"vit-digits": {"pool": "class"}}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--torch-python", required=True, help="interpreter with torch and transformers")
-    parser.add_argument("--recipes", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--steps", type=int, default=200)
     options = parser.parse_args()
     for name in options.recipes:
@@ -56,13 +57,12 @@ def train(name: str, steps: int, folder: Path) -> list[float]:
 
     import zoo
     from zoo import sharding
-    from zoo.train import step
+    from zoo.train import recipes, step
     from zoo.train.experiment import Optimizer
-    from zoo.train.recipes import RECIPES
 
-    recipe, mesh = RECIPES[name](), sharding.make_mesh(None, jax.devices()[:1])
+    recipe, mesh = recipes.RECIPES[name](), sharding.make_mesh(None, jax.devices()[:1])
     recipe.data.prepare()
-    optimizer = Optimizer(learning_rate=RATES[name], warmup_steps=20, schedule="constant", weight_decay=0.0)
+    optimizer = Optimizer(learning_rate=RATE, warmup_steps=20, schedule="constant", weight_decay=0.0)
     changes = {n: 0.0 for n in ("dropout", "attention_dropout") if hasattr(recipe.model, n)} | CHANGES.get(name, {})
     experiment = dataclasses.replace(
         recipe,

@@ -69,10 +69,9 @@ LOSSES = {
 def main() -> None:
     folder = Path(sys.argv[1])
     name = json.loads((folder / "model" / "config.json").read_text())["architectures"][0]
-    model = getattr(transformers, name).from_pretrained(folder / "model", attn_implementation="sdpa").train()
+    model = getattr(transformers, name).from_pretrained(folder / "model").train()
     if "final_logits_bias" in model._buffers:  # BART's, which the published code holds as it is.
         model.final_logits_bias = torch.nn.Parameter(model._buffers.pop("final_logits_bias"))
-    model = getattr(transformers, name).from_pretrained(folder / "model").train()
     given = dict(numpy.load(folder / "batches.npz"))
     rates = given.pop("rates")
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
