@@ -1,5 +1,7 @@
 """How outputs, gradients and files are compared with those of the golden folders."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -30,6 +32,14 @@ def gradient_norms(gradient: Any, layout: Any = None) -> dict[str, float]:
         for group in groups(gradient, (layout or gradient.config.published_layout()).weights)
         for tensor in group.tensors
     }
+
+
+def assert_gradients_close(gradient: Any, folder: Path) -> None:
+    """Norms of a model's gradient and those of the folder's gradients.json."""
+    found, expected = gradient_norms(gradient), json.loads((folder / "gradients.json").read_text())
+    assert found.keys() == expected.keys()
+    for name, norm in expected.items():
+        assert_close(found[name], norm, name)
 
 
 def cross_entropy(logits: jax.Array, labels: np.ndarray, ignored: int = -100) -> jax.Array:
