@@ -52,6 +52,7 @@ def load(folder: str) -> dict[str, float]:
     import jax
     import numpy as np
 
+    import zoo.models.gpt  # noqa: F401  torch's side has imported its class, too
     from zoo.pretrained import from_pretrained
 
     jax.block_until_ready(jax.numpy.ones(3))

@@ -5,11 +5,14 @@ memory than what stays there and one tensor.
 """
 
 import dataclasses
+import functools
 import math
+import mmap
 import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +41,8 @@ from zoo.published_folder import (
 
 SHARD_BYTES = 5 * 10**9
 
-ALIGNMENT = 64
-"""Bytes at whose multiples JAX takes a host array as it is, on a CPU."""
+COPYING, COPIED_AT_ONCE = min(8, os.cpu_count() or 1), 2**20
+"""Threads that copy a tensor, and the bytes below which one does."""
 
 
 def from_pretrained(
@@ -259,14 +262,13 @@ class Shards:
 
     def __init__(self, variable: nnx.Variable, dtype: str, place: Sharding):
         self.shape, self.place = variable.shape, place
-        padded = variable.get_metadata().get("rows") is not None
         self.devices: dict[Any, str] = {}
         self.buffers: dict[str, tuple[list[slice], np.ndarray]] = {}
         for device, index in place.addressable_devices_indices_map(self.shape).items():
             self.devices[device] = which = str(index)
             if which not in self.buffers:
                 ends = [slice(*one.indices(size)) for one, size in zip(index or (), self.shape, strict=True)]
-                buffer = aligned(place.shard_shape(self.shape), jax.numpy.dtype(dtype), zero=padded)
+                buffer = pages(place.shard_shape(self.shape), jax.numpy.dtype(dtype))
                 self.buffers[which] = ends, buffer
 
     def write(self, value: np.ndarray, row: int | None) -> None:
@@ -278,7 +280,7 @@ class Shards:
                     continue
                 buffer = buffer[row - rows.start]
             part = value[tuple(index)]
-            buffer[tuple(slice(size) for size in part.shape)] = part
+            copy(buffer[tuple(slice(size) for size in part.shape)], part)
 
     def array(self) -> jax.Array:
         buffers = {device: self.buffers[which][1] for device, which in self.devices.items()}
@@ -286,14 +288,28 @@ class Shards:
         return jax.make_array_from_single_device_arrays(self.shape, self.place, shards)
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool) -> np.ndarray:
-    size = math.prod(shape) * dtype.itemsize
-    raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    buffer = raw[start : start + size].view(dtype).reshape(shape)
-    if zero:
-        buffer[:] = 0
-    return buffer
+def pages(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros on pages of their own, which JAX takes as they are on a CPU, and which exist once they are written.
+
+    numpy would ask for huge pages, and a virtual machine that returns its free ones has to fetch those from its host.
+    """
+    memory = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize))
+    return np.frombuffer(memory, dtype, math.prod(shape)).reshape(shape)
+
+
+def copy(into: np.ndarray, value: np.ndarray) -> None:
+    """into[...] = value by several threads: new pages cost more than their copying, and come to each thread apart."""
+    if value.nbytes < COPIED_AT_ONCE or not value.ndim:
+        into[...] = value
+        return
+    step = -(-len(value) // COPYING)
+    parts = [slice(start, start + step) for start in range(0, len(value), step)]
+    list(copiers().map(lambda part: np.copyto(into[part], value[part], casting="unsafe"), parts))
+
+
+@functools.cache
+def copiers() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(COPYING, thread_name_prefix="zoo-copy")
 
 
 def gathered(group: Group, tensor: Tensor) -> np.ndarray:

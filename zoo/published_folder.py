@@ -35,12 +35,6 @@ STORED_DTYPES = FLOATS | {
     "F8_E4M3": "float8_e4m3fn",
     "F8_E5M2": "float8_e5m2",
 }
-# All pages at once, where the system can: asked for one by one they cost as much as the copy.
-MAPPED: dict[str, int] = (
-    {"flags": mmap.MAP_SHARED | mmap.MAP_POPULATE, "prot": mmap.PROT_READ}
-    if hasattr(mmap, "MAP_POPULATE")
-    else {"access": mmap.ACCESS_READ}
-)
 
 
 class PretrainedError(ValueError):
@@ -123,7 +117,7 @@ class Stored(NamedTuple):
         start = self.offset // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY
         end = self.offset + math.prod(self.shape) * jax.numpy.dtype(self.dtype).itemsize
         with self.path.open("rb") as file:
-            pages = mmap.mmap(file.fileno(), end - start, offset=start, **MAPPED)
+            pages = mmap.mmap(file.fileno(), end - start, offset=start, access=mmap.ACCESS_READ)
         return np.frombuffer(pages, self.dtype, math.prod(self.shape), self.offset - start).reshape(self.shape)
 
 
