@@ -30,9 +30,15 @@ def from_bits(x: jax.Array, dtype: jnp.dtype) -> jax.Array:
 def materialized(x: jax.Array) -> jax.Array:
     """`x`, written once and not made again inside each reader; on accelerators the compiler chooses for itself.
 
-    XLA's CPU compiler repeats elementwise work in every loop that reads it, one by one where the loop transposes.
+    XLA's CPU compiler repeats elementwise work in every loop that reads it, one by one where the loop transposes. It
+    drops barriers before it fuses loops; a branch, whose condition a barrier has hidden until then, stays.
     """
-    return jax.lax.platform_dependent(x, cpu=jax.lax.optimization_barrier, default=lambda x: x)
+
+    def on_cpu(x: jax.Array) -> jax.Array:
+        unknown = jax.lax.optimization_barrier(jnp.bool_(True))
+        return jax.lax.cond(unknown, lambda x: x, jax.lax.optimization_barrier, x)
+
+    return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:
