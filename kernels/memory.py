@@ -17,6 +17,15 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
+def loop_options(platform: str) -> dict[str, str] | None:
+    """Compiler options of a program whose loop is most of it: on CPUs, nothing that its steps share is made before it.
+
+    XLA would convert the weights of all layers to bfloat16 ahead of their loop, and hand the keys of a source to each
+    step of a decoder in an order that the step has to turn.
+    """
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else None
+
+
 def to_bits(x: jax.Array) -> jax.Array:
     """A 16-bit float as uint16; anything else as it is."""
     return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x

@@ -17,13 +17,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zoo import sharding
+from zoo.kernels.memory import loop_options
 from zoo.train import optimizer as optimizers
 from zoo.train.experiment import Batch, Experiment, Loss, UserError
 
 AnyExperiment = Experiment[Any, Any, Any, Any]
-
-# XLA's CPU compiler would otherwise convert the weights of all layers to bfloat16 before the loop over them.
-_CPU_OPTIONS = {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}
 
 
 class Metrics(NamedTuple):
@@ -191,7 +189,7 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         in_shardings=(layout, sharding.batch_sharding(mesh)),
         out_shardings=(layout, replicated),
         donate_argnums=0,
-        compiler_options=_CPU_OPTIONS if mesh.devices.flat[0].platform == "cpu" else None,
+        compiler_options=loop_options(mesh.devices.flat[0].platform),
     )
 
 

@@ -8,6 +8,7 @@ cache, and is given one token at a time from there (see zoo.models.xlnet). Promp
 each row stands left-aligned and has its own length, the cache's slots behind it are overwritten as the row grows.
 """
 
+import functools
 import math
 import operator
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.kernels.memory import loop_options, platform
 from zoo.layers.transformer import unstacked
 from zoo.sharding import constrain
 
@@ -153,7 +155,6 @@ def read(model: Any, prompts: Padded, sources: Padded | None, slots: int) -> tup
     return last, features.cache
 
 
-@partial(jax.jit, donate_argnames=("state",))
 def _decode(
     model: Any, state: State, steps: jax.Array, sampling: Sampling | None, stop_tokens: jax.Array, key: jax.Array
 ) -> State:
@@ -171,6 +172,12 @@ def _decode(
         return count + 1, _append(state, logits, sampling, stop_tokens, key)
 
     return _readable(jax.lax.while_loop(unfinished, step, (jnp.int32(0), state))[1])
+
+
+@functools.cache
+def _compiled(platform: str) -> Callable[..., State]:
+    """`_decode` as it runs on a platform; the state given is donated."""
+    return jax.jit(_decode, donate_argnames=("state",), compiler_options=loop_options(platform))
 
 
 def _readable(state: State) -> State:
@@ -240,15 +247,15 @@ def generate(
 
     padded_sources = None if sources is None else padded_rows(sources, model.config.max_length)
     state = _prefill(model, padded, padded_sources, np.int32(max_new_tokens), *options, slots=slots, first=first)
-    model = unstacked(model)
+    model, decode = unstacked(model), _compiled(platform())
     if callback is None:
-        state = _decode(model, state, np.int32(max_new_tokens - 1), *options)
+        state = decode(model, state, np.int32(max_new_tokens - 1), *options)
     else:
         seen = _emit(state, padded.lengths, callback)
         for _ in range(max_new_tokens - 1):
             if state.done.all():
                 break
-            state = _decode(model, state, np.int32(1), *options)
+            state = decode(model, state, np.int32(1), *options)
             seen = _emit(state, seen, callback)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.lengths)
     made = [tokens[row, padded.lengths[row] : ends[row]].tolist() for row in range(len(prompts))]

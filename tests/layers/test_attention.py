@@ -54,6 +54,18 @@ def test_normalised_heads_and_the_biases_asked_for() -> None:
     np.testing.assert_allclose(module(x, x).output, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_one_product_for_queries_keys_and_values_gives_the_same(bias) -> None:
+    module, x = build(bias=bias, head_norm=RMSNorm, num_kv_heads=2, rotary=Rotary(4)), random(1, 2, 5, 24)
+    if bias:
+        module.value.bias = module.value.bias.replace(random(2, 2, 4))
+    merged = module.merged()
+    assert merged.query.kernel.shape == (24, 6 + 2 + 2, 4) and len(jax.tree.leaves(merged)) < len(
+        jax.tree.leaves(module)
+    )
+    np.testing.assert_allclose(merged(x, mask=CAUSAL).output, module(x, mask=CAUSAL).output, atol=1e-5)
+
+
 def test_cross_attention_sees_another_sequence_of_another_width() -> None:
     module, x, kv = build(kv_width=10, num_kv_heads=3), random(1, 2, 4, 24), random(2, 2, 7, 10)
     expected = plain(module, x, kv, jnp.ones((4, 7), bool))
@@ -128,4 +140,4 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_a_fresh_cache_can_be_donated() -> None:
     attention = MultiHeadAttention(8, 2, rngs=nnx.Rngs(0))
     cache = jax.jit(lambda cache: cache.cut(cache.lengths), donate_argnums=0)(attention.init_cache(1, 4))
-    assert cache.keys.shape == cache.values.shape == (1, 4, 2, 4)
+    assert cache.keys.shape == cache.values.shape == (1, 2, 4, 4)

@@ -1,5 +1,6 @@
 """Multi-head attention with grouped queries, for self- and cross-attention, and its cache of keys and values."""
 
+import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,22 +13,22 @@ from einops import rearrange
 from flax import nnx
 
 from zoo.kernels import Bias, Mask, attention, attention_weights
-from zoo.layers.linear import Initializer, LayerError, Linear, Precision, normal
+from zoo.layers.linear import Initializer, LayerError, Linear, Precision, joined, normal
 from zoo.layers.positions import Rotary
 from zoo.sharding import constrain
 
 _HEADS = ("act_batch", "act_length", "act_heads", "act_head_dim")
 _KV_HEADS = ("act_batch", "act_length", "act_kv_heads", "act_head_dim")
-_SLOTS = ("act_batch", None, "act_kv_heads", "act_head_dim")
+_SLOTS = ("act_batch", "act_kv_heads", None, "act_head_dim")
 
 _APPEND = jax.lax.ScatterDimensionNumbers(
     update_window_dims=(1, 2, 3),
     inserted_window_dims=(0,),
-    scatter_dims_to_operand_dims=(0, 2),
+    scatter_dims_to_operand_dims=(0, 3),
     operand_batching_dims=(1,),
     scatter_indices_batching_dims=(0,),
 )
-"""Windows [T, K, H] of each row written to [L, B, S, K, H], their corners given as (layer, slot), [B, 2]."""
+"""Windows [K, T, H] of each row written to [L, B, K, S, H], their corners given as (layer, slot), [B, 2]."""
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=("keys", "values", "lengths", "layer"), meta_fields=())
@@ -35,7 +36,8 @@ _APPEND = jax.lax.ScatterDimensionNumbers(
 class KVCache:
     """Keys and values seen so far. Row b holds `lengths[b]` of them, in its first slots; the others are not read.
 
-    keys, values: [B, S, K, H].  lengths: [B] int32.  In the cache of a stack, each has a leading axis of layers.
+    keys, values: [B, K, S, H], by head, as the products of a short step read them: any other order would be turned at
+        every step.  lengths: [B] int32.  In the cache of a stack, each has a leading axis of layers.
     layer: of such a cache, which one an attention appends to and reads, int32; None for the cache of one attention.
     """
 
@@ -60,7 +62,7 @@ class KVCache:
             slots = jax.lax.scatter(
                 slots,
                 corners,
-                new.astype(slots.dtype),
+                new.astype(slots.dtype).swapaxes(1, 2),
                 _APPEND,
                 unique_indices=True,
                 mode=jax.lax.GatherScatterMode.CLIP,
@@ -81,6 +83,10 @@ class KVCache:
             jax.lax.dynamic_index_in_dim(x, index, keepdims=False) for x in (self.keys, self.values, self.lengths)
         )
         return KVCache(keys, values, lengths)
+
+    def by_slot(self) -> tuple[jax.Array, jax.Array]:
+        """Keys and values of the cache of one attention as `zoo.kernels.attention` takes them, [B, S, K, H]."""
+        return self.keys.swapaxes(1, 2), self.values.swapaxes(1, 2)
 
     def cut(self, lengths: jax.Array) -> "KVCache":
         """With the first lengths [B] entries of each row alone: forgets padding that was appended after a prompt."""
@@ -183,22 +189,22 @@ class MultiHeadAttention(nnx.Module):
         """
         if kv is not None and cache is not None:
             raise LayerError("kv given with a cache, which is of self-attention: give keys_and_values(kv) as kv")
-        q = constrain(_normalised(self.query(x), self.query_norm), *_HEADS)
         if kv is None:
+            q, k, v = self._queries_keys_values(x)
             start = 0 if cache is None else cache.of_layer().lengths[:, None]
             slots = start + jnp.arange(x.shape[1])[None]
-            k, v = self._project(x)
             if self.rotary is not None:
                 positions = slots if positions is None else positions
                 q, k = self.rotary(q, positions), self.rotary(k, positions)
             if cache is not None:
                 cache = cache.appended(k, v)
                 held = cache.of_layer()
-                k, v = held.keys, held.values
+                k, v = held.by_slot()
                 mask = mask & Mask(positions=(slots, jnp.arange(k.shape[1])[None]), lengths=held.lengths)
         else:
+            q = self._queries(self.query(x))
             held = kv if isinstance(kv, KVCache) else self.keys_and_values(kv)
-            k, v = held.keys, held.values
+            k, v = held.by_slot()
             if isinstance(kv, KVCache):
                 mask = mask & Mask(lengths=held.lengths)
             if len(q) % len(k):
@@ -217,20 +223,45 @@ class MultiHeadAttention(nnx.Module):
 
     def keys_and_values(self, kv: jax.Array, lengths: jax.Array | None = None) -> KVCache:
         """The keys and values of kv [B, S, E], of which the first lengths [B] of each row are real (default: all)."""
-        k, v = self._project(kv)
+        k, v = self._keys(self.key(kv)), self._values(self.value(kv))
         lengths = jnp.full(kv.shape[0], kv.shape[1], jnp.int32) if lengths is None else lengths
-        return KVCache(k, v, lengths)
+        return KVCache(k.swapaxes(1, 2), v.swapaxes(1, 2), lengths)
 
     def init_cache(self, batch_size: int, slots: int) -> KVCache:
         """An empty cache with room for `slots` keys and values a row, in the compute dtype."""
-        slots_shape = (batch_size, slots, self.num_kv_heads, self.head_dim)
+        slots_shape = (batch_size, self.num_kv_heads, slots, self.head_dim)
         # Two arrays, so that the cache can be donated.
         keys, values = (constrain(jnp.zeros(slots_shape, jnp.dtype(self.compute)), *_SLOTS) for _ in range(2))
         return KVCache(keys, values, jnp.zeros(batch_size, jnp.int32))
 
-    def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-        k = _normalised(self.key(x), self.key_norm)
-        return constrain(k, *_KV_HEADS), constrain(self.value(x), *_KV_HEADS)
+    def merged(self) -> "MultiHeadAttention":
+        """This self-attention with one product for queries, keys and values, which are three kernels side by side.
+
+        Of a few tokens on a CPU, a product of this size takes as long to start as to read its kernel.
+        """
+        if self.key is None:
+            return self
+        merged = copy.copy(self)
+        merged.query, merged.key, merged.value = joined(self.query, self.key, self.value), None, None
+        return merged
+
+    def _queries_keys_values(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if self.key is None:
+            made = self.query(x)
+            values = made.shape[-2] - self.num_kv_heads
+            q, k, v = jnp.split(made, (values - self.num_kv_heads, values), axis=-2)
+        else:
+            q, k, v = self.query(x), self.key(x), self.value(x)
+        return self._queries(q), self._keys(k), self._values(v)
+
+    def _queries(self, q: jax.Array) -> jax.Array:
+        return constrain(_normalised(q, self.query_norm), *_HEADS)
+
+    def _keys(self, k: jax.Array) -> jax.Array:
+        return constrain(_normalised(k, self.key_norm), *_KV_HEADS)
+
+    def _values(self, v: jax.Array) -> jax.Array:
+        return constrain(v, *_KV_HEADS)
 
 
 def _normalised(x: jax.Array, norm: nnx.Module | None) -> jax.Array:

@@ -1,5 +1,6 @@
 """Matrix products under one precision policy: linear maps over several axes, and embeddings with a tied head."""
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from zoo.kernels.memory import materialized, saved
-from zoo.sharding import constrain
+from zoo.sharding import constrain, logical_axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
 
@@ -139,6 +140,20 @@ class Linear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         y = affine(x, self.kernel[...], bias, len(self.in_shape), self.precision)
         return saved(y, "product")
+
+
+def joined(*parts: Linear) -> Linear:
+    """One map to the outputs of all parts, side by side along the first axis of their out_shape."""
+    whole, axis = copy.copy(parts[0]), -len(parts[0].out_shape)
+
+    def beside(*parameters: nnx.Param) -> nnx.Param:
+        joint = jnp.concatenate([parameter[...] for parameter in parameters], axis)
+        return nnx.Param(joint, axes=logical_axes(parameters[0]))
+
+    whole.out_shape = (sum(part.out_shape[0] for part in parts), *whole.out_shape[1:])
+    whole.kernel = beside(*(part.kernel for part in parts))
+    whole.bias = None if whole.bias is None else beside(*(part.bias for part in parts if part.bias is not None))
+    return whole
 
 
 class Head(NamedTuple):

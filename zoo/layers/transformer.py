@@ -161,6 +161,11 @@ class Block(nnx.Module):
         x = self._branch(x, self.feedforward_norm, feedforward, self.feedforward_scale, branch_keys[2])
         return BlockOutput(x, cache, weights, cross_weights)
 
+    def with_merged_attention(self) -> "Block":
+        block = copy.copy(self)
+        block.attention = self.attention.merged()
+        return block
+
     def _branch(
         self,
         x: jax.Array,
@@ -306,17 +311,25 @@ def _at(tree: Tree, i: int) -> Tree:
     return jax.tree.map(lambda x: x[i], tree)
 
 
-@jax.jit
 def unstacked(model: Tree) -> Tree:
     """A model to run many short steps with: where it runs on CPUs, each layer has arrays of its own.
 
     XLA's CPU compiler copies a layer's weights out of a stack's before it reads them, which costs a step of a few
-    tokens more than its products. Weights beyond UNSTACKED_BYTES stay as they are: they would be held twice.
+    tokens more than its products. Self-attention makes queries, keys and values in one product. Weights beyond
+    UNSTACKED_BYTES stay as they are: those of stacks would be held twice.
     """
     if platform() != "cpu" or sum(x.nbytes for x in jax.tree.leaves(model)) > UNSTACKED_BYTES:
         return model
 
     def one(module: Any) -> Any:
-        return module.with_unstacked() if isinstance(module, Stack) else module
+        return _unstacked(module) if isinstance(module, Stack) else module
 
     return jax.tree.map(one, model, is_leaf=lambda module: isinstance(module, Stack))
+
+
+@jax.jit
+def _unstacked(stack: Stack) -> Stack:
+    def one(module: Any) -> Any:
+        return module.with_merged_attention() if isinstance(module, Block) else module
+
+    return jax.tree.map(one, stack.with_unstacked(), is_leaf=lambda module: isinstance(module, Block))
