@@ -10,13 +10,14 @@ one and trains on the others. Float32 on a CPU. Writes docs/curves/RECIPE.png an
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import sides
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
@@ -45,9 +46,7 @@ def main() -> None:
 
 
 def in_torch(command: list[str]) -> list[float]:
-    # transformers would take this repository's folder `kernels` for a package of that name.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=sides.environment(command[0]))
     return json.loads(run.stdout)
 
 
