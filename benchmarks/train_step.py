@@ -4,9 +4,9 @@
 
 The zoo side is the model, objective and step that the recipes run; only batch, length and the layers of large models
 are cut. Both sides are built from one config.json and train on one batch of random tokens, or images, without dropout,
-each from its own initialisation. Each side is a process that stays alive, and they take turns, a few steps each, so that
-whatever else the machine does falls on both. Reported: the median over steps of tokens a second (of the source, where
-there is one), or images a second, and the peak resident size of the process, which for zoo includes compilation.
+each from its own initialisation. Each side is a process that stays alive, and they take turns, a few steps each, so
+that whatever else the machine does falls on both. Reported: the median over steps of tokens a second (of the source,
+where there is one), or images a second, and the peak resident size of the process, which for zoo includes compilation.
 What bounds it: benchmarks/notes/train_step.md.
 """
 
@@ -37,8 +37,8 @@ TORCH = Path(__file__).with_name("torch_train.py")
 RESULTS = Path(__file__).with_name("results") / "train_step.jsonl"
 
 LAYERS_SIZE = 128e6
-"""Parameters that layers have together, at most: somewhat more than those of GPT-2 124M or BERT base. Vocabularies come
-on top; both sides hold 16 bytes for each parameter at once."""
+"""Parameters that all layers may have together: half as many again as those of GPT-2 124M or BERT base. Vocabularies
+come on top, and both sides at once hold 16 bytes for each parameter."""
 
 
 def config_of(kind: str) -> Any:
