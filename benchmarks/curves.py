@@ -85,7 +85,7 @@ def train(name: str, steps: int, folder: Path) -> list[float]:
             state, metrics = compiled(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
             losses.append(experiment.objective.summary(*jax.tree.map(float, metrics.loss))["loss"])
             rates.append(float(metrics.learning_rate))
-    stacked = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+    stacked: dict[str, Any] = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
     np.savez(folder / "batches.npz", rates=np.array(rates), **stacked)
     return losses
 

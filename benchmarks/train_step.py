@@ -54,7 +54,7 @@ def config_of(kind: str) -> Any:
 def compare(options: argparse.Namespace, config: Any, dtype: str) -> dict[str, dict[str, Any]]:
     """Each side's figures and first losses, of the model of `config`."""
     _, objective = tasks.task(config.to_published()["model_type"], config)
-    batch = tasks.batch(objective, config, options.batch, options.length)
+    batch: dict[str, Any] = tasks.batch(objective, config, options.batch, options.length)
     units = len(batch["images"]) if "images" in batch else options.batch * options.length
     environment = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"} if options.huge_pages else {}
     with tempfile.TemporaryDirectory() as folder:
