@@ -247,8 +247,8 @@ def training(kind: str, config: Any, length: int = 512) -> tuple[Any, dict[str, 
     elif isinstance(objective, objectives.SequenceToSequence):
         batch = {"sources": row, "tokens": row, "targets": row, "weights": row.astype(np.float32)}
     else:
-        batch = {name: row for name in ("tokens", "targets", "segments", "positions", "bytes")}
-        batch |= {"weights": row.astype(np.float32)}
+        names = ("tokens", "targets", "segments", "positions", "bytes")
+        batch = dict.fromkeys(names, row) | {"weights": row.astype(np.float32)}
     config = dataclasses.replace(config, remat="attention")
     experiment = dataclasses.replace(
         RECIPES["gpt2"](), model=config, objective=objective, batch_size=16, accumulate=1, compute="bfloat16"
