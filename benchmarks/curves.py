@@ -10,13 +10,14 @@ one and trains on the others. Float32 on a CPU. Writes docs/curves/RECIPE.png an
 import argparse
 import dataclasses
 import json
-import os
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import sides
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
@@ -45,9 +46,7 @@ def main() -> None:
 
 
 def in_torch(command: list[str]) -> list[float]:
-    # transformers would take this repository's folder `kernels` for a package of that name.
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=environment)
+    run = subprocess.run(command, stdout=subprocess.PIPE, check=True, env=sides.environment(command[0]))
     return json.loads(run.stdout)
 
 
@@ -86,7 +85,7 @@ def train(name: str, steps: int, folder: Path) -> list[float]:
             state, metrics = compiled(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
             losses.append(experiment.objective.summary(*jax.tree.map(float, metrics.loss))["loss"])
             rates.append(float(metrics.learning_rate))
-    stacked = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
+    stacked: dict[str, Any] = {key: np.stack([batch[key] for batch in batches]) for key in batches[0]}
     np.savez(folder / "batches.npz", rates=np.array(rates), **stacked)
     return losses
 

@@ -29,32 +29,14 @@ from rich.progress import track
 from safetensors.numpy import load_file
 
 import zoo
-from benchmarks import tpu
+from benchmarks import tasks, tpu
+from benchmarks.tasks import PRESETS
 from zoo import models, sharding
 from zoo.generation import generate
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "parity"
 SPEEDS = Path(__file__).with_name("results") / "train_step.jsonl"
 BEGIN, END = "<!-- made by python -m benchmarks.families -->", "<!-- end -->"
-
-PRESETS = {
-    "bart": "bart-base",
-    "bert": "bert-base-uncased",
-    "dinov2": "dinov2-small",
-    "dinov2_with_registers": "dinov2-with-registers-small",
-    "gpt2": "gpt2",
-    "llama": "llama-3.2-1b",
-    "marian": "opus-mt-en-de",
-    "mistral": "mistral-7b-v0.3",
-    "mt5": "mt5-small",
-    "qwen2": "qwen2.5-0.5b",
-    "qwen3": "qwen3-0.6b",
-    "t5": "t5-small",
-    "vit": "vit-base-patch16-224",
-    "xlnet": "xlnet-base-cased",
-}
-"""A preset of published size for each model_type."""
-
 
 EVEN = {"width": 32, "num_heads": 4, "num_kv_heads": 2, "num_decoder_heads": 4, "head_dim": 8, "mlp_width": 48}
 EVEN |= {"decoder_mlp_width": 48}
@@ -249,28 +231,25 @@ def compiled(kind: str, config: Any) -> str:
 
 def training(kind: str, config: Any, length: int = 512) -> tuple[Any, dict[str, np.ndarray]]:
     """An experiment of a preset with its family's own objective, and one row of its batches."""
-    from zoo.train.objectives import Classification, MaskedLM, NextToken, PermutationLM, SequenceToSequence
+    from zoo.train import objectives
     from zoo.train.recipes import RECIPES
 
+    config, objective = tasks.task(kind, config)
     row, few = np.ones((1, length), np.int32), np.ones((1, length // 6), np.int32)
     words = {"targets": few, "places": few, "weights": few.astype(np.float32)}
-    if kind == "bert":
-        config = dataclasses.replace(config, head="pretraining")
+    if isinstance(objective, objectives.MaskedLM):
         batch = {"tokens": row, "token_types": row, "segments": row, "next_sentence": row[:, 0], **words}
-        objective = MaskedLM()
-    elif kind == "xlnet":
-        batch, objective = {"tokens": row, "token_types": row, "order": row, **words}, PermutationLM()
-    elif kind in ("vit", "dinov2", "dinov2_with_registers"):
-        config = dataclasses.replace(config, head="classification", labels=tuple(map(str, range(1000))))
+    elif isinstance(objective, objectives.PermutationLM):
+        batch = {"tokens": row, "token_types": row, "order": row, **words}
+    elif isinstance(objective, objectives.Classification):
         images = np.zeros((1, *config.image_size, 3), np.float32)
-        batch, objective = {"images": images, "labels": row[:, 0], "weights": np.ones(1, np.float32)}, Classification()
-    elif kind in ("t5", "mt5", "bart", "marian"):
+        batch = {"images": images, "labels": row[:, 0], "weights": np.ones(1, np.float32)}
+    elif isinstance(objective, objectives.SequenceToSequence):
         batch = {"sources": row, "tokens": row, "targets": row, "weights": row.astype(np.float32)}
-        objective = SequenceToSequence()
     else:
-        batch = dict.fromkeys(("tokens", "targets", "segments", "positions", "bytes"), row)
-        batch, objective = batch | {"weights": row.astype(np.float32)}, NextToken()
-    config = dataclasses.replace(config, remat="attention") if hasattr(config, "remat") else config
+        names = ("tokens", "targets", "segments", "positions", "bytes")
+        batch = dict.fromkeys(names, row) | {"weights": row.astype(np.float32)}
+    config = dataclasses.replace(config, remat="attention")
     experiment = dataclasses.replace(
         RECIPES["gpt2"](), model=config, objective=objective, batch_size=16, accumulate=1, compute="bfloat16"
     )
@@ -278,12 +257,16 @@ def training(kind: str, config: Any, length: int = 512) -> tuple[Any, dict[str, 
 
 
 def speed(kind: str) -> str:
+    """Of the newest result; older ones do not say how many layers ran: all did."""
     found = [json.loads(line) for line in SPEEDS.read_text().splitlines()] if SPEEDS.exists() else []
     setting = {"model": kind, "dtype": "float32", "batch": 2, "length": 512, "huge_pages": False}
     mine = [one for one in found if "torch" in one and setting.items() <= one.items()]
     if not mine:
         return "not measured"
-    return f"{mine[-1]['zoo']['per_second'] / mine[-1]['torch']['per_second']:.2f}"
+    newest = mine[-1]
+    ratio = f"{newest['zoo']['per_second'] / newest['torch']['per_second']:.2f}"
+    layers, every = newest.get("layers"), newest.get("preset_layers")
+    return ratio if layers == every else f"{ratio} ({layers} of {every} layers)"
 
 
 def table(kinds: list[str]) -> dict[str, str]:

@@ -38,7 +38,8 @@ def main() -> None:
         write("gpt2", Path(folder))
         for _ in range(options.repeats):
             for side, command in commands.items():
-                run = subprocess.run([*command, folder], stdout=subprocess.PIPE, check=True)
+                own = sides.environment(command[0])
+                run = subprocess.run([*command, folder], stdout=subprocess.PIPE, check=True, env=own)
                 found[side].append(json.loads(run.stdout))
     for side, runs in found.items():
         middle = {name: statistics.median(run[name] for run in runs) for name in runs[0]}

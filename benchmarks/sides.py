@@ -1,8 +1,7 @@
 """Two implementations that take turns: processes that stay alive, work when told to, and answer with a line of JSON.
 
 Needs nothing but Python, since one of them runs under an interpreter that has torch and not JAX. Such a script is named
-by its path and imports this file as `sides`: with the project's root on its path, transformers would take the folder
-`kernels` for a package that it knows.
+by its path and imports this file as `sides`: see `environment`.
 """
 
 import json
@@ -18,15 +17,27 @@ from pathlib import Path
 from typing import Any
 
 
-class Side:
-    """A process that takes turns of work when told to, and what it has answered."""
+def environment(interpreter: str) -> dict[str, str]:
+    """What a process under this interpreter inherits: no PYTHONPATH, unless the interpreter is ours.
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str]):
+    With this repository on its path, transformers would take the folder `kernels` for a package that it knows.
+    """
+    ours = interpreter == sys.executable
+    return {name: value for name, value in os.environ.items() if ours or name != "PYTHONPATH"}
+
+
+class Side:
+    """A process that takes turns of work when told to, and what it has answered.
+
+    more: variables of its environment, besides those that it inherits.
+    """
+
+    def __init__(self, name: str, command: list[str], more: dict[str, str]):
         self.name, self.seconds, self.cpu_seconds = name, [], []
         self.results: list[Any] = []
         self.peak_mib = 0.0
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(command[0]) | more
         )
 
     def take(self, turns: int) -> None:
@@ -89,29 +100,3 @@ def resident(name: str) -> float:
     """Resident memory of this process, now (VmRSS) or at its highest (VmHWM), in MiB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
-def batch(model: str, rows: int, length: int) -> dict[str, list]:
-    """A batch of random tokens for one step of a model, as nested lists, by the names that zoo gives them.
-
-    gpt2: tokens, targets [rows, length].  bert: tokens, token_types, and 15 % of each row as places and targets, and
-    next_sentence [rows].  t5: sources [rows, length], tokens and targets [rows, length / 4].
-    """
-    draw = random.Random(0)
-
-    def tokens(count: int) -> list[list[int]]:
-        return [[draw.randrange(1000, 30000) for _ in range(count)] for _ in range(rows)]
-
-    if model == "gpt2":
-        given = tokens(length + 1)
-        return {"tokens": [row[:-1] for row in given], "targets": [row[1:] for row in given]}
-    if model == "bert":
-        predicted = round(0.15 * length)
-        return {
-            "tokens": tokens(length),
-            "token_types": [[int(place >= length // 2) for place in range(length)] for _ in range(rows)],
-            "places": [sorted(draw.sample(range(length), predicted)) for _ in range(rows)],
-            "targets": tokens(predicted),
-            "next_sentence": [draw.randrange(2) for _ in range(rows)],
-        }
-    return {"sources": tokens(length), "tokens": tokens(length // 4), "targets": tokens(length // 4)}
