@@ -34,9 +34,9 @@ def tensors() -> dict[str, np.ndarray]:
     return load_file(FOLDER / "model.safetensors")
 
 
-def change(folder: Path, **fields) -> None:
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+def change(folder: Path, file: str = "config.json", /, **fields) -> None:
+    path = folder / file
+    path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | fields))
 
 
 def assert_same(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> None:
@@ -116,16 +116,17 @@ def test_reading_holds_what_stays_and_one_tensor(tmp_path) -> None:
     from_pretrained(tmp_path)
     tracemalloc.start()
     from_pretrained(tmp_path)
-    peak = tracemalloc.get_traced_memory()[1]
+    beside = tracemalloc.get_traced_memory()[1]  # What stays, and the file, are mapped, which tracemalloc does not see.
     tracemalloc.stop()
-    assert peak < 1.1 * everything, (peak, everything)
+    assert beside < 0.25 * everything, (beside, everything)
 
 
-def test_generation_stops_where_the_config_says(folder) -> None:
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_generation_stops_where_the_folder_says(folder, file) -> None:
     golden = np.load(FOLDER / "golden.npz")
     prompts, expected = golden["prompts"].tolist(), golden["greedy"].tolist()
     stop = expected[0][3]
-    change(folder, eos_token_id=[stop, 210])
+    change(folder, file, eos_token_id=[stop, 210])
     made = generate(from_pretrained(folder), prompts, max_new_tokens=20)
     assert made.stopped[0] and made.tokens[0] == expected[0][: expected[0].index(stop)]
     assert generate(from_pretrained(folder), prompts, max_new_tokens=20, stop_tokens=()).tokens == expected

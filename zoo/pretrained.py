@@ -79,7 +79,10 @@ def _rules_of_generation(folder: Path) -> dict[str, Any]:
     if not (folder / "generation_config.json").exists():
         return {}
     fields = read_json(folder / "generation_config.json")
-    return {name: fields.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids")}
+    rules = {name: fields.get(name) for name in ("forced_bos_token_id", "forced_eos_token_id", "bad_words_ids")}
+    # Of the tokens that end a text, config.json may know fewer: chats also end with their turns.
+    ends = fields.get("eos_token_id")
+    return rules if ends is None else rules | {"eos_token_id": ends}
 
 
 def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:
