@@ -46,12 +46,14 @@ def cpu_sizes(problem: Problem, held: int) -> Sizes:
     """For steps that hold `held` blocks of scores; the fastest of those tried, benchmarks/notes/attention_cpu.md.
 
     XLA's float32 products of fewer than about 400 rows keep to one core. Where sequences are shorter than that anyway,
-    small blocks waste less of a causal diagonal. Heads in groups have rows enough in 256 queries; of very large groups,
+    small blocks waste less of a causal diagonal, and one block does for a mask without one. Heads in groups have rows enough in 256 queries; of very large groups,
     2048 rows are as many as a step may hold.
     """
     shape, limit = problem.shape, CPU_BYTES // held
     if max(shape.queries, shape.keys) < 512:
-        return _fitting(problem, 128, 128, limit)
+        rules = problem.mask.rules
+        size = 128 if rules.causal or rules.left is not None or rules.right is not None else 512
+        return _fitting(problem, size, size, limit)
     group = shape.heads // shape.kv_heads
     return _fitting(problem, 512 if group == 1 else max(1, min(256, 2048 // group)), 256, limit)
 
