@@ -46,8 +46,8 @@ def cpu_sizes(problem: Problem, held: int) -> Sizes:
     """For steps that hold `held` blocks of scores; the fastest of those tried, benchmarks/notes/attention_cpu.md.
 
     XLA's float32 products of fewer than about 400 rows keep to one core. Where sequences are shorter than that anyway,
-    small blocks waste less of a causal diagonal, and one block does for a mask without one. Heads in groups have rows enough in 256 queries; of very large groups,
-    2048 rows are as many as a step may hold.
+    small blocks waste less of a causal diagonal, and one block is best where there is none. Heads in groups have rows
+    enough in 256 queries; of very large groups, 2048 rows are as many as a step may hold.
     """
     shape, limit = problem.shape, CPU_BYTES // held
     if max(shape.queries, shape.keys) < 512:

@@ -279,7 +279,7 @@ class Stack(nnx.Module):
         return stack
 
     def keys_and_values(self, context: jax.Array) -> KVCache:
-        """What the blocks' cross-attention makes of context [B, S, E], once for many calls: [L, B, S, K, H]."""
+        """What the blocks' cross-attention makes of context [B, S, E], once for many calls, [L, B, K, S, H]."""
 
         def of_period(_: None, blocks: nnx.List, __: None) -> tuple[None, tuple[KVCache, ...]]:
             return None, tuple(block.cross_attention.keys_and_values(context) for block in blocks)
@@ -292,7 +292,7 @@ class Stack(nnx.Module):
         return jnp.stack(of_the_period, 1).reshape(self.num_layers, *of_the_period[0].shape[1:])
 
     def init_cache(self, batch_size: int, slots: int) -> KVCache:
-        """An empty cache of all layers, [L, B, slots, K, H]."""
+        """An empty cache of all layers, [L, B, K, slots, H]."""
         block = self.blocks[0][0] if self.unstacked else self.blocks[0]
         one = block.attention.init_cache(batch_size, slots)
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (self.num_layers, *x.shape)), one)
