@@ -28,7 +28,7 @@ from zoo.sharding import constrain
 class Cache:
     """What a decoder has seen.
 
-    own: of its self-attention, [L, B, slots, K, H].
+    own: of its self-attention, [L, B, K, slots, H].
     source: keys and values of the encoded source, [L, B / G, K, S, H]: G rows, one after another, share each of them.
     source_segments: [B / G, S] int32, 0 where a source token only pads.
     """
