@@ -3,7 +3,7 @@
     pip install transformers==4.48.3 flax==0.10.2 jax==0.4.38 jaxlib==0.4.38
     python tests/parity/make_flax.py
 
-Each folder has what `save_pretrained` wrote, flax_model.msgpack in particular, and golden.npz: tokens and logits.
+Each folder has what `save_pretrained` wrote, flax_model.msgpack in particular, and golden.npz: tokens, and logits or final states.
 """
 
 from pathlib import Path
@@ -37,7 +37,10 @@ def models() -> dict[str, transformers.FlaxPreTrainedModel]:
         "bert_pretraining": transformers.FlaxBertForPreTraining(bert),
         "bert_classification": transformers.FlaxBertForSequenceClassification(bert),
         "gpt2": transformers.FlaxGPT2LMHeadModel(gpt2),
+        "gpt2_none": transformers.FlaxGPT2Model(gpt2),
         "t5": transformers.FlaxT5ForConditionalGeneration(t5),
+        "t5_none": transformers.FlaxT5Model(t5),
+        "t5_encoder": transformers.FlaxT5EncoderModel(t5),
         "t5_v1_1": transformers.FlaxT5ForConditionalGeneration(t5_v1_1),
     }
 
@@ -53,7 +56,8 @@ def randomised(params: dict) -> dict:
 def main() -> None:
     for name, model in models().items():
         model.params = randomised(model.params)
-        decoder = {"decoder_input_ids": TOKENS[:, :5]} if model.config.is_encoder_decoder else {}
+        decodes = model.config.is_encoder_decoder and name != "t5_encoder"
+        decoder = {"decoder_input_ids": TOKENS[:, :5]} if decodes else {}
         out = model(TOKENS, **decoder)
         given = ("logits", "prediction_logits", "last_hidden_state")
         found = next(out[one] for one in given if one in out)
