@@ -6,7 +6,7 @@
 Cells come from runs on eight simulated CPU devices, over the golden files of tests/parity, which transformers on torch
 made, and over presets of published size. Parity is the largest difference of any output, relative to its largest value
 or 1. Compiling needs the extra `aot` (libtpu): it is of the training step, on 8 chips of a v5e, mesh fsdp=8, bfloat16.
-Speed is the newest result of `benchmarks.train_step --save`, zoo over torch.
+Speed is the newest result of `benchmarks.train_step --save`, zoo over torch, in rows that stay as well.
 """
 
 import argparse
@@ -77,6 +77,10 @@ class Case(NamedTuple):
     folder: Path
     fields: dict[str, Any]
     golden: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        return f"{self.folder.relative_to(GOLDEN)}"
 
     @property
     def kind(self) -> str:
@@ -279,7 +283,7 @@ def table(kinds: list[str]) -> dict[str, str]:
             of_kind[case.kind] = (size, compiled(case.kind, config), speed(case.kind))
         parameters, fits, ratio = of_kind[case.kind]
         row = Row(
-            golden=f"{case.folder.relative_to(GOLDEN)}",
+            golden=case.name,
             published=f"`{case.fields['architectures'][0]}`",
             preset=f"`{PRESETS[case.kind]}`",
             parameters=parameters,
@@ -294,6 +298,11 @@ def table(kinds: list[str]) -> dict[str, str]:
     return rows
 
 
+def with_speed(line: str, kind: str) -> str:
+    """A line made before, with the speed that was measured since."""
+    return " | ".join([*line.split(" | ")[:-1], f"{speed(kind)} |"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="a page whose table, between its marks, is written anew")
@@ -302,6 +311,8 @@ def main() -> None:
     before, _, rest = (options.out.read_text() if options.out else "").partition(BEGIN)
     held, _, after = rest.partition(END)
     rows = {line.split(" | ")[0].removeprefix("| "): line for line in held.splitlines() if "`" in line}
+    kinds = {case.name: case.kind for case in cases()}
+    rows = {name: with_speed(line, kinds[name]) for name, line in rows.items() if name in kinds}
     rows |= table(options.kinds)
     lines = [
         f"| {' | '.join(COLUMNS)} |",

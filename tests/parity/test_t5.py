@@ -36,7 +36,10 @@ def loss(model: T5, golden: dict[str, np.ndarray]) -> tuple[jax.Array, Any]:
 
 def test_states_attention_scores_loss_and_gradients_agree(case) -> None:
     name, model, golden = case
-    (value, out), gradient = jax.jit(jax.value_and_grad(lambda m: loss(m, golden), has_aux=True))(model)
+    # As it is compiled outside of tests: without LLVM's optimizations mT5's gradients are 2.0e-5 away, with them 8e-6.
+    optimized = {"xla_backend_optimization_level": "3"}
+    both = jax.value_and_grad(lambda m: loss(m, golden), has_aux=True)
+    (value, out), gradient = jax.jit(both, compiler_options=optimized)(model)
     rows = golden["real"]
     encoder, decoder = out.encoded.intermediates, out.intermediates
     assert_close(np.asarray(encoder.hidden)[:, rows], golden["out_encoder_hidden"][:, rows], "encoder hidden")
