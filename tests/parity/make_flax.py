@@ -3,7 +3,8 @@
     pip install transformers==4.48.3 flax==0.10.2 jax==0.4.38 jaxlib==0.4.38
     python tests/parity/make_flax.py
 
-Each folder has what `save_pretrained` wrote, flax_model.msgpack in particular, and golden.npz: tokens, and logits or final states.
+Each folder has what `save_pretrained` wrote, flax_model.msgpack in particular, and golden.npz: tokens, and logits or
+final states.
 """
 
 from pathlib import Path
