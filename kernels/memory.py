@@ -17,13 +17,13 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def loop_options(platform: str) -> dict[str, str] | None:
+def loop_options(target: str) -> dict[str, str] | None:
     """Compiler options of a program whose loop is most of it: on CPUs, nothing that its steps share is made before it.
 
-    XLA would convert the weights of all layers to bfloat16 ahead of their loop, and hand the keys of a source to each
-    step of a decoder in an order that the step has to turn.
+    target: the platform that is compiled for. XLA would convert the weights of all layers to bfloat16 ahead of their
+    loop, and hand the keys of a source to each step of a decoder in an order that the step has to turn.
     """
-    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if platform == "cpu" else None
+    return {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"} if target == "cpu" else None
 
 
 def to_bits(x: jax.Array) -> jax.Array:

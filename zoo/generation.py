@@ -175,9 +175,9 @@ def _decode(
 
 
 @functools.cache
-def _compiled(platform: str) -> Callable[..., State]:
-    """`_decode` as it runs on a platform; the state given is donated."""
-    return jax.jit(_decode, donate_argnames=("state",), compiler_options=loop_options(platform))
+def _compiled(target: str) -> Callable[..., State]:
+    """`_decode` for a platform; the state given is donated."""
+    return jax.jit(_decode, donate_argnames=("state",), compiler_options=loop_options(target))
 
 
 def _readable(state: State) -> State:
