@@ -95,17 +95,18 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int =
     folder = Path(folder)
     if holds_model(folder):
         raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
-    fields = model.config.to_published()
-    writer = Writer(folder, shard_bytes) if jax.process_index() == 0 else None
+    fields, layout = model.config.to_published(), model.config.published_layout()
+    writer = Writer(folder, shard_bytes, layout.stem) if jax.process_index() == 0 else None
     dtypes: Counter[str] = Counter()
-    for group in groups(model, model.config.published_layout().weights):
+    for group in groups(model, layout.weights):
         for tensor in group.tensors:
             value = gathered(group, tensor)
             dtypes[str(value.dtype)] += value.size
             if writer is not None:
                 writer.add(tensor.name, value)
     if writer is not None:
-        writer.finish(fields | {"dtype": dtypes.most_common(1)[0][0]})
+        stored = {"dtype": dtypes.most_common(1)[0][0]} if "model_type" in fields else {}
+        writer.finish(fields | stored)
 
 
 class Tensor(NamedTuple):
@@ -198,7 +199,7 @@ class Tensors:
         self.folder, self.layout = folder, layout
         known = {weight.name.format("0") for weight in layout.weights} | set(layout.tied)
         self.found: dict[str, Stored] = {}
-        for path in weight_files(folder):
+        for path in weight_files(folder, layout.stem):
             for name, stored in stored_tensors(path).items():
                 if any(re.fullmatch(pattern, name) for pattern in layout.ignored):
                     continue

@@ -17,8 +17,9 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-WEIGHTS = "model.safetensors"
-INDEX = "model.safetensors.index.json"
+STEMS = ("model", "diffusion_pytorch_model")
+"""How names of files with weights begin: what transformers writes, and what diffusers does."""
+
 FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -60,34 +61,41 @@ def find(source: str | os.PathLike, files: Sequence[str] = FILES) -> Path:
         raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weights_and_index(stem: str) -> tuple[str, str]:
+    """Names of a model's one file of weights, and of the index where there are several."""
+    return f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+
+
+def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     """The safetensors files of a folder: one, or those that its index names."""
-    if (folder / WEIGHTS).exists():
-        return [folder / WEIGHTS]
-    if not (folder / INDEX).exists():
+    weights, index = weights_and_index(stem)
+    if (folder / weights).exists():
+        return [folder / weights]
+    if not (folder / index).exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         if pickles:
             raise PretrainedError(
                 f"{folder} has its weights in {pickles[0]} alone, a pickle, which can run any code when it is read: "
                 f"load it where you trust it, and write safetensors with save_pretrained"
             )
-        raise PretrainedError(f"{folder} has neither {WEIGHTS} nor {INDEX}: there are no weights to read")
-    named = read_json(folder / INDEX).get("weight_map")
+        raise PretrainedError(f"{folder} has neither {weights} nor {index}: there are no weights to read")
+    named = read_json(folder / index).get("weight_map")
     if not isinstance(named, dict) or not named:
-        raise PretrainedError(f"{folder / INDEX} has no weight_map: fetch it again")
+        raise PretrainedError(f"{folder / index} has no weight_map: fetch it again")
     files = sorted({str(name) for name in named.values()})
     for name in files:
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise PretrainedError(
-                f"{folder / INDEX} names {name!r}, which is no safetensors file of this folder: refused"
+                f"{folder / index} names {name!r}, which is no safetensors file of this folder: refused"
             )
         if not (folder / name).exists():
-            raise PretrainedError(f"{folder / INDEX} names {name}, which is not there: fetch it")
+            raise PretrainedError(f"{folder / index} names {name}, which is not there: fetch it")
     return [folder / name for name in files]
 
 
 def holds_model(folder: Path) -> bool:
-    return any((folder / name).exists() for name in ("config.json", WEIGHTS, INDEX))
+    names = ("config.json", *(name for stem in STEMS for name in weights_and_index(stem)))
+    return any((folder / name).exists() for name in names)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -146,9 +154,9 @@ class Writer:
     """Writes tensors into one file, or into as many as their size asks, with an index; all under temporary names
     until the last is whole, and config.json, without which there is no model, at the very end."""
 
-    def __init__(self, folder: Path, shard_bytes: int):
+    def __init__(self, folder: Path, shard_bytes: int, stem: str = "model"):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.shard_bytes = folder, shard_bytes
+        self.folder, self.shard_bytes, self.stem = folder, shard_bytes, stem
         self.pending: dict[str, np.ndarray] = {}
         self.files: list[tuple[Path, list[str]]] = []
         self.bytes = 0
@@ -170,13 +178,13 @@ class Writer:
 
     def finish(self, fields: Mapping[str, Any]) -> None:
         self.flush()
-        names = {}
+        names, (weights, index) = {}, weights_and_index(self.stem)
         for number, (path, tensors) in enumerate(self.files, start=1):
-            file = WEIGHTS if len(self.files) == 1 else f"model-{number:05}-of-{len(self.files):05}.safetensors"
+            file = weights if len(self.files) == 1 else f"{self.stem}-{number:05}-of-{len(self.files):05}.safetensors"
             path.replace(self.folder / file)
             names |= dict.fromkeys(tensors, file)
         if len(self.files) > 1:
-            self.write(INDEX, {"metadata": {"total_size": self.bytes}, "weight_map": names})
+            self.write(index, {"metadata": {"total_size": self.bytes}, "weight_map": names})
         self.write("config.json", fields)
 
     def write(self, name: str, fields: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from flax import nnx
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.convolution import Conv, GroupNorm, fan_average
 from zoo.layers.dropout import dropout
-from zoo.layers.linear import Linear, Precision
+from zoo.layers.linear import LayerError, Linear, Precision
 from zoo.sharding import constrain
 
 zeros = jax.nn.initializers.zeros
@@ -48,6 +48,7 @@ class ResidualBlock(nnx.Module):
     """x + conv(dropout(silu(norm(conv(silu(norm(x))) + time)))); the last convolution starts at zero.
 
     Where the channels change, x goes through a 1 x 1 convolution. (Ho et al. 2020, appendix B.)
+    time_width: None for a block that is told no time, as those of an autoencoder are.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class ResidualBlock(nnx.Module):
         in_channels: int,
         out_channels: int,
         *,
-        time_width: int,
+        time_width: int | None,
         groups: int,
         rngs: nnx.Rngs,
         epsilon: float = 1e-6,
@@ -66,7 +67,11 @@ class ResidualBlock(nnx.Module):
         options = {"rngs": rngs, "precision": precision}
         self.norm_in = GroupNorm(in_channels, groups, epsilon=epsilon, precision=precision)
         self.conv_in = Conv(in_channels, out_channels, **options)
-        self.time = Linear(time_width, out_channels, axes=("time", "conv_out"), init=fan_average, **options)
+        self.time = (
+            None
+            if time_width is None
+            else Linear(time_width, out_channels, axes=("time", "conv_out"), init=fan_average, **options)
+        )
         self.norm_out = GroupNorm(out_channels, groups, epsilon=epsilon, precision=precision)
         self.conv_out = Conv(out_channels, out_channels, init=zeros, **options)
         self.shortcut = (
@@ -75,10 +80,14 @@ class ResidualBlock(nnx.Module):
             else Linear(in_channels, out_channels, axes=("conv_in", "conv_out"), init=fan_average, **options)
         )
 
-    def __call__(self, x: jax.Array, time: jax.Array, *, key: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, time: jax.Array | None = None, *, key: jax.Array | None = None) -> jax.Array:
         """x [B, Y, X, I], time [B, time_width]: [B, Y, X, O]. key: for dropout; None drops nothing."""
+        if (time is None) != (self.time is None):
+            raise LayerError("a residual block is called with time if it is made with time_width, else without")
         h = self.conv_in(jax.nn.silu(self.norm_in(x)))
-        h = constrain_image(h + self.time(jax.nn.silu(time))[:, None, None, :])
+        if self.time is not None and time is not None:
+            h = h + self.time(jax.nn.silu(time))[:, None, None, :]
+        h = constrain_image(h)
         h = dropout(jax.nn.silu(self.norm_out(h)), self.dropout, key)
         h = self.conv_out(h)
         return constrain_image((x if self.shortcut is None else self.shortcut(x)) + h)

@@ -8,7 +8,7 @@ from typing import Any
 FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 
-# The `model_type` of a published config.json, and whose config class reads it.
+# The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.
 PUBLISHED = {
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
@@ -50,12 +50,11 @@ def published_config(fields: Mapping[str, Any]) -> Any:
     """The config of a published model from its config.json; raises PublishedError where no family here is it."""
     from zoo.models.published import PublishedError
 
-    model_type = fields.get("model_type")
-    if model_type not in PUBLISHED:
-        raise PublishedError(
-            f"config.json has model_type {model_type!r}, and published models here are {', '.join(PUBLISHED)}"
-        )
-    family, config = PUBLISHED[model_type]
+    field = "_class_name" if "_class_name" in fields else "model_type"
+    kind = fields.get(field)
+    if kind not in PUBLISHED:
+        raise PublishedError(f"config.json has {field} {kind!r}, and published models here are {', '.join(PUBLISHED)}")
+    family, config = PUBLISHED[kind]
     return getattr(importlib.import_module(f"{__name__}.{family}"), config).from_published(fields)
 
 

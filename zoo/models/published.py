@@ -1,6 +1,6 @@
 """What families say of their published checkpoints: how tensors are named and laid out, what a config.json may ask.
 
-The published layouts are those that Hugging Face transformers writes, for every family that it has.
+The published layouts are those that Hugging Face transformers and diffusers write, for every family that they have.
 """
 
 import math
@@ -85,6 +85,7 @@ class Layout:
     renamed: how names ended in older files, and how they end now.
     ignored: regular expressions of names, as they stand in a file, of what files hold besides: constants of the torch
         module, and parameters of another head than the class has.
+    stem: how the names of the files with weights begin.
     """
 
     weights: tuple[Weight, ...]
@@ -92,6 +93,7 @@ class Layout:
     tied: Mapping[str, str] = field(default_factory=dict)
     renamed: Mapping[str, str] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    stem: str = "model"
 
 
 @dataclass(frozen=True)
