@@ -85,7 +85,7 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nano", "--model.num-heads", "0"], "num_heads 0 is too small"),
         (["train", "gpt-nano", "--mesh", "expert=8"], "mesh axis expert=8 cuts nothing here"),
         (["train", "gpt-nano", "--sampler.prompt", "x" * 300], "a prompt of 301 tokens leaves no room"),
-        (["train", "ddpm-digits", "--model.schedule", "sigmoid"], "noise schedule 'sigmoid' is unknown"),
+        (["train", "ddpm-digits", "--model.noising.schedule", "sigmoidal"], "noise schedule 'sigmoidal' is unknown"),
         (["train", "ddpm-digits", "--model.dropout", "1.5"], "dropout 1.5 is not a probability"),
         (["train", "vit-digits", "--model.head", "pooler"], "--model.head pooler scores no classes"),
         (["train", "gpt-nano", "--simulate-devices", "3", "--simulate-hosts", "2"], "does not divide"),

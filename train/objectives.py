@@ -170,11 +170,11 @@ def word_figures(total: float, weight: float, metrics: Mapping[str, float]) -> d
 class NoisePrediction:
     """Mean squared error of the noise in images at random times (Ho et al. 2020), over batches of images, weights [B].
 
-    The noise schedule is the model's: `model.config.schedule` and `.timesteps`.
+    The noise is the model's: `model.config.noising`.
     """
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
-        schedule = schedules.make(model.config.schedule, model.config.timesteps)
+        schedule = schedules.make(model.config.noising)
         images, weights = batch["images"], batch["weights"]
         rows = images.shape[0]
         if key is None:

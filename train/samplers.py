@@ -208,9 +208,10 @@ class ImageSampler:
     scale: int | None = None
 
     def check(self, model: Any, data: Any) -> None:
-        """`model`: a config with `timesteps`. Raises UserError."""
-        if not 1 <= self.steps <= model.timesteps:
-            raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {model.timesteps}: choose one")
+        """`model`: a config with `noising`. Raises UserError."""
+        timesteps = model.noising.timesteps
+        if not 1 <= self.steps <= timesteps:
+            raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
         _check_grid(self.rows, self.columns, self.scale)
 
     def sample(
@@ -227,7 +228,7 @@ class ImageSampler:
     def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
         self.check(model.config, None)
-        schedule = schedules.make(model.config.schedule, model.config.timesteps)
+        schedule = schedules.make(model.config.noising)
         method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
 
         @jax.jit

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from zoo.diffusion import schedules
+from zoo.models.noising import Noising
 
 ALL = [schedules.linear(1000), schedules.cosine(1000), schedules.linear(10), schedules.cosine(7)]
 
@@ -85,5 +86,5 @@ def test_last_step_gives_the_image_itself() -> None:
 
 
 def test_an_unknown_schedule_is_named() -> None:
-    with pytest.raises(ValueError, match="'sigmoid' is unknown: choose one of linear, cosine"):
-        schedules.make("sigmoid", 10)
+    with pytest.raises(ValueError, match="'sigmoidal' is unknown: choose one of linear, cosine"):
+        schedules.make(Noising("sigmoidal", 10))

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from zoo.diffusion import schedules
+from zoo.models.noising import Noising
 from zoo.train.experiment import UserError
 from zoo.train.samplers import ImageSampler
 
@@ -17,7 +18,7 @@ DATA = SimpleNamespace(example_shape=(4, 6, 1))
 class Points:
     """The exact noise predictor of images that are all 0.25: a model whose samples are known."""
 
-    config = SimpleNamespace(schedule="cosine", timesteps=100)
+    config = SimpleNamespace(noising=Noising("cosine", 100))
 
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
         schedule = schedules.cosine(100)

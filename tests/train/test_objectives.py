@@ -11,6 +11,7 @@ import pytest
 
 from zoo.diffusion import schedules
 from zoo.layers.linear import Head
+from zoo.models.noising import Noising
 from zoo.train.objectives import (
     Classification,
     MaskedLM,
@@ -140,7 +141,7 @@ def test_what_models_of_sources_and_of_orders_are_given():
 class Denoiser:
     """Predicts `share` of the noise, which it knows because images are 0; keeps the times that it was asked for."""
 
-    config = SimpleNamespace(schedule="cosine", timesteps=1000)
+    config = SimpleNamespace(noising=Noising("cosine"))
 
     def __init__(self, share: float):
         self.share, self.times, self.key = share, None, None

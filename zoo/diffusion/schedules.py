@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zoo.models.noising import Noising
+
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
@@ -59,11 +61,11 @@ def cosine(timesteps: int = 1000, *, offset: float = 0.008, largest: float = 0.9
 SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
 
 
-def make(name: str, timesteps: int) -> Schedule:
-    """The schedule called `name`; raises ScheduleError for a name there is not."""
-    if name not in SCHEDULES:
-        raise ScheduleError(f"noise schedule {name!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[name](timesteps)
+def make(noising: Noising) -> Schedule:
+    """The schedule that a model's config names; raises ScheduleError for a name there is not."""
+    if noising.schedule not in SCHEDULES:
+        raise ScheduleError(f"noise schedule {noising.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
+    return SCHEDULES[noising.schedule](noising.timesteps)
 
 
 def add_noise(schedule: Schedule, images: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from zoo.layers.unet import (
     constrain_image,
     zeros,
 )
+from zoo.models.noising import Noising
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,8 @@ class UNetConfig:
 
     attention_levels: levels whose residual blocks are each followed by self-attention; the middle always has it.
     num_heads: heads of every attention. groups: of every normalisation.
-    schedule, timesteps: the noise that the network's time counts, t = 0 .. timesteps - 1, by the names of
-        zoo.diffusion.schedules. Objectives and samplers read them here, so that they cannot disagree.
+    noising: the noise that the network's time counts. Objectives and samplers read it here, so that they cannot
+        disagree.
     """
 
     image_channels: int = 3
@@ -40,12 +41,11 @@ class UNetConfig:
     groups: int = 32
     epsilon: float = 1e-6
     dropout: float = 0.0
-    schedule: str = "linear"
-    timesteps: int = 1000
+    noising: Noising = Noising()
     precision: Precision = Precision()
 
     def __post_init__(self) -> None:
-        names = ("image_channels", "width", "blocks_per_level", "num_heads", "groups", "timesteps")
+        names = ("image_channels", "width", "blocks_per_level", "num_heads", "groups")
         check_sizes(**{name: getattr(self, name) for name in names})
         check_sizes(**{f"multipliers[{i}]": multiplier for i, multiplier in enumerate(self.multipliers)})
         if not self.multipliers:
@@ -198,6 +198,12 @@ def _blocks(config: UNetConfig, rngs: nnx.Rngs) -> tuple[partial[ResidualBlock],
 PRESETS: dict[str, UNetConfig] = {
     "ddpm-cifar10": UNetConfig(dropout=0.1),
     "ddpm-digits": UNetConfig(
-        image_channels=1, width=32, multipliers=(1, 2), blocks_per_level=1, num_heads=4, groups=8, schedule="cosine"
+        image_channels=1,
+        width=32,
+        multipliers=(1, 2),
+        blocks_per_level=1,
+        num_heads=4,
+        groups=8,
+        noising=Noising("cosine"),
     ),
 }
