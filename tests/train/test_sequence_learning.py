@@ -88,4 +88,4 @@ def test_trees_are_learned_from_statements(tmp_path: Path, monkeypatch: pytest.M
         for _ in range(STEPS):
             state, _ = step(state, batch)
         own, others = (float(total / weight) for total, weight, _ in (evaluate(state.model, b) for b in (batch, other)))
-    assert own < 0.05 and others > 2, (own, others)
+    assert own < 0.05 and others > 1, (own, others)
