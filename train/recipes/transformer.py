@@ -17,8 +17,8 @@ def transformer_nano() -> Transformer:
     Data:     python_trees, 43,000 statements of the interpreter's own library and their trees, such as "return x + 1"
               and "Return(BinOp(Name, Add, Constant))", with one byte-pair encoding of 510; 4,700 others are held out
     Model:    2 layers of width 128 and 4 heads a side, 40 tokens to read and 32 to write, 1.0 M parameters
-    Result:   held out, 0.072 nats a token (2.25 with the sources of other rows), 97.6 % right. Greedily written, 82 % of
-              the trees are right throughout: 88 % of those that training text has too, 23 % of the others (9 %)
+    Result:   held out, 0.072 nats a token (2.25 with the sources of other rows), 97.6 % right. Written greedily, 82 %
+              of the trees are right throughout: 88 % of those that training text has too, 23 % of the others (9 %)
     """
     return Experiment(
         name="transformer-nano",
