@@ -18,12 +18,26 @@ from typing import Any
 import numpy as np
 
 from benchmarks import sides
+from zoo.models.transformer import PRESETS
 
 TORCH = Path(__file__).with_name("torch_curves.py")
 PICTURES = Path(__file__).parents[1] / "docs" / "curves"
-RECIPES = ("gpt-nano", "llama-nano", "bert-nano", "xlnet-nano", "t5-nano", "bart-nano", "vit-digits")
+RECIPES = (
+    "gpt-nano",
+    "llama-nano",
+    "bert-nano",
+    "xlnet-nano",
+    "t5-nano",
+    "bart-nano",
+    "transformer-nano",
+    "vit-digits",
+)
 RATE = 1e-3
-CHANGES: dict[str, dict[str, Any]] = {"vit-digits": {"pool": "class"}}
+_MARIAN = ("max_length", "positions", "attention_bias", "logits_bias", "norm_epsilon", "model_type")
+CHANGES: dict[str, dict[str, Any]] = {
+    "vit-digits": {"pool": "class"},
+    "transformer-nano": {name: getattr(PRESETS["opus-mt-en-de"], name) for name in _MARIAN},
+}
 """What of a recipe's model has no published form, and what stands for it."""
 
 

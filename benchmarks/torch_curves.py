@@ -50,9 +50,11 @@ def classes(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def written(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    """Targets that a decoder writes from a source."""
+    """Targets that a decoder writes from a source, and what pads them."""
     out = model(batch["sources"], attention_mask=batch.get("source_segments"), decoder_input_ids=batch["tokens"])
-    return torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), batch["targets"].flatten())
+    targets, weights = batch["targets"].flatten(), batch["weights"].flatten()
+    losses = torch.nn.functional.cross_entropy(out.logits.flatten(0, 1), targets, reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
 LOSSES = {
@@ -63,6 +65,7 @@ LOSSES = {
     "ViTForImageClassification": classes,
     "T5ForConditionalGeneration": written,
     "BartForConditionalGeneration": written,
+    "MarianMTModel": written,
 }
 
 

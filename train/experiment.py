@@ -88,7 +88,7 @@ class DataConfig(Protocol):
 
     @property
     def example_shape(self) -> tuple[int, ...]:
-        """(T,) for text, (Y, X, C) for images."""
+        """(T,) for text, (S, T) for pairs of texts, (Y, X, C) for images."""
         ...
 
     def fit(self, model: Any) -> Any:

@@ -203,7 +203,7 @@ def meter(session: Session) -> Meter:
     unit = experiment.data.unit
     return Meter(
         unit=unit,
-        units=experiment.batch_size * (math.prod(shape) if unit == "tokens" else 1),
+        units=experiment.batch_size * (sum(shape) if unit == "tokens" else 1),
         forward_flops=experiment.model.forward_flops(shape),
         batch_size=experiment.batch_size,
         device_kinds=[device.device_kind for device in session.mesh.devices.flat],

@@ -138,6 +138,17 @@ def test_what_models_of_sources_and_of_orders_are_given():
     )
 
 
+def test_smoothed_targets_are_shared_by_all_words() -> None:
+    """Vaswani et al. 2017, section 5.4: cross entropy with (1 - e) of the target and e of the uniform distribution."""
+    targets, weights = np.array([[0, 3, 6], [2, 2, 2]]), np.array([[1.0, 1, 1], [1, 0, 0]])
+    batch = {"sources": targets, "tokens": targets, "targets": targets, "weights": weights}
+    batch = {name: jnp.asarray(each) for name, each in batch.items()}
+    loss = SequenceToSequence(label_smoothing=0.1).loss(Reader(np.arange(7.0)), batch, jax.random.key(0))
+    log_p = np.arange(7.0) - np.log(np.exp(np.arange(7.0)).sum())
+    goal = 0.9 * np.eye(7)[targets] + 0.1 / 7
+    assert float(loss.total) == pytest.approx(-(weights[..., None] * goal * log_p).sum(), rel=1e-6)
+
+
 class Denoiser:
     """Predicts `share` of the noise, which it knows because images are 0; keeps the times that it was asked for."""
 

@@ -14,6 +14,7 @@ from zoo.models.transformer import TransformerConfig
 from zoo.models.xlnet import XLNetConfig
 from zoo.train.data.denoising import NoisyTextData
 from zoo.train.data.masked_text import MaskedTextData
+from zoo.train.data.pairs import PairData
 from zoo.train.data.permuted_text import PermutedTextData
 from zoo.train.data.span_corruption import SpanCorruptionData
 from zoo.train.experiment import Experiment
@@ -37,6 +38,7 @@ CASES = {
         SequenceToSequence(),
         TargetSampler(),
     ),
+    "pairs": (TransformerConfig(**SIZES), PairData, SequenceToSequence(0.1), TargetSampler()),
     "orders": (XLNetConfig(head="lm", **SIZES), PermutedTextData, PermutationLM(), TextSampler(tokens=4)),
 }
 
@@ -48,6 +50,7 @@ def experiment(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pyte
     folder.mkdir()
     for i in range(6):
         (folder / f"{i}.txt").write_text("".join(f"Line {i} of {j}, and more.\n" for j in range(40)))
+    (folder / "pairs.tsv").write_text("".join(f"{i} and {i + 1}\t{2 * i + 1}\n" for i in range(40)))
     model, data, objective, sampler = CASES[request.param]
     data = data(source=str(folder), length=LENGTH, validation_fraction=0.4)
     return Experiment("tiny", data.fit(model), data, objective, sampler, steps=3, batch_size=8, accumulate=2)

@@ -1,7 +1,7 @@
 """Where text comes from: the interpreter, local files, TFDS; each read as documents of two splits."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -98,37 +98,16 @@ class LocalText:
         for file in files:
             try:
                 if file.suffix.lower() == ".txt":
-                    yield _decode(file.read_bytes(), file, 0)
+                    yield decoded(file.read_bytes(), file)
                 else:
                     yield from self._read_lines(file)
             except OSError as error:
                 raise UserError(f"{file} cannot be read: {error.strerror}") from error
 
     def _read_lines(self, file: Path) -> Iterator[str]:
-        offset = 0
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                text = _decode(line, file, offset)
-                offset += len(line)
-                if text.strip():
-                    yield self._field_of(text, f"{file}, line {number}")
-
-    def _field_of(self, line: str, where: str) -> str:
-        try:
-            record = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{where} is not JSON: {error}") from error
-        if not isinstance(record, dict):
-            raise UserError(f'{where} is not a JSON object: write {{"{self._field}": "..."}} on each line')
-        text = record.get(self._field)
-        if not isinstance(text, str):
-            what = f"no field {self._field!r}" if self._field not in record else f"{self._field!r} that is not a string"
-            raise UserError(f"{where} has {what}: its fields are {listed(record)}; choose by --data.text-field")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"{where} holds half a surrogate pair in {self._field!r}, which is no text") from error
-        return text
+        for where, line in lines(file):
+            if line.strip():
+                yield from fields_of(line, (self._field,), where)
 
 
 class TfdsText:
@@ -162,22 +141,58 @@ class TfdsText:
         return self._undivided.documents(split)
 
     def _read(self, split: str) -> Iterator[str]:
-        features = self._builder.info.features
-        if self._field not in features:
-            raise UserError(
-                f"{self.name} has no feature {self._field!r}: its features are {listed(sorted(features))}; "
-                "choose by --data.text-field"
-            )
-        for index, example in enumerate(tfds_read(self._builder, split)):
-            text = example[self._field]
-            if not isinstance(text, bytes):
-                raise UserError(
-                    f"feature {self._field!r} of {self.name} is not text: choose another by --data.text-field"
-                )
-            yield _decode(text, f"{self.name}, {split} example {index}", 0)
+        for (text,) in tfds_texts(self._builder, split, (self._field,)):
+            yield text
 
 
-def _decode(data: bytes, where: Path | str, offset: int) -> str:
+def tfds_texts(builder: Any, split: str, names: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """These features of each example of a split; raises UserError where there is no such feature, or it is no text."""
+    features, name = builder.info.features, builder.info.full_name
+    if missing := [field for field in names if field not in features]:
+        raise UserError(
+            f"{name} has no feature {missing[0]!r}: its features are {listed(sorted(features))}; "
+            "choose by --data.text-field"
+        )
+    for index, example in enumerate(tfds_read(builder, split)):
+        for field in names:
+            if not isinstance(example[field], bytes):
+                raise UserError(f"feature {field!r} of {name} is not text: choose another by --data.text-field")
+        yield tuple(decoded(example[field], f"{name}, {split} example {index}") for field in names)
+
+
+def lines(file: Path) -> Iterator[tuple[str, str]]:
+    """Where each line stands, in words, and the line; raises UserError where it is not UTF-8."""
+    offset = 0
+    with open(file, "rb") as opened:
+        for number, line in enumerate(opened, 1):
+            text = decoded(line, file, offset)
+            offset += len(line)
+            yield f"{file}, line {number}", text
+
+
+def fields_of(line: str, names: Sequence[str], where: str) -> Iterator[str]:
+    """The texts in these fields of a line of JSON; raises UserError where it has none such."""
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(f"{where} is not JSON: {error}") from error
+    if not isinstance(record, dict):
+        written = ", ".join(f'"{name}": "..."' for name in names)
+        raise UserError(f"{where} is not a JSON object: write {{{written}}} on each line")
+    for name in names:
+        text = record.get(name)
+        if not isinstance(text, str):
+            what = f"no field {name!r}" if name not in record else f"{name!r} that is not a string"
+            raise UserError(f"{where} has {what}: its fields are {listed(record)}; choose by --data.text-field")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"{where} holds half a surrogate pair in {name!r}, which is no text") from error
+        yield text
+
+
+def decoded(data: bytes, where: Path | str, offset: int = 0) -> str:
+    """`data`, which begins at byte `offset` of what `where` names, as text; raises UserError where it is not UTF-8."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:

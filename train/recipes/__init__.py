@@ -11,6 +11,7 @@ from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
 from zoo.train.recipes.llama import llama_3_2_1b, llama_nano
 from zoo.train.recipes.t5 import t5_base, t5_nano
+from zoo.train.recipes.transformer import transformer_base, transformer_big, transformer_nano
 from zoo.train.recipes.vit import vit_b16, vit_digits, vit_s16
 from zoo.train.recipes.xlnet import xlnet_base, xlnet_nano
 
@@ -26,6 +27,9 @@ RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "t5-base": t5_base,
     "bart-nano": bart_nano,
     "bart-base": bart_base,
+    "transformer-nano": transformer_nano,
+    "transformer-base": transformer_base,
+    "transformer-big": transformer_big,
     "llama-nano": llama_nano,
     "llama-3.2-1b": llama_3_2_1b,
     "xlnet-nano": xlnet_nano,
