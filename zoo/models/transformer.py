@@ -153,7 +153,7 @@ class TransformerConfig:
         """From the config.json of a Marian or BART; raises PublishedError for one that this module cannot be."""
         model_type = fields["model_type"]
         classes, family = _CLASSES[model_type], model_type.upper() if model_type == "bart" else "Marian"
-        kind = head(fields, family, classes)
+        kind = head(fields, family, classes, "lm")
         fields = _DEFAULTS[model_type] | dict(fields)
         vocab_size = size(fields, "vocab_size")
         require(fields, family, **_ALONE, **_ALONE_OF[model_type])
