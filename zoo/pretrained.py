@@ -92,10 +92,13 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int =
     else that of its parameter. Every process of a mesh must call it; the first one writes.
     Raises PretrainedError where the folder holds a model already, and PublishedError where there is no published form.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if holds_model(folder):
         raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
-    fields, layout = model.config.to_published(), model.config.published_layout()
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_published"):
+        raise PretrainedError(f"a {type(model).__name__} has no published form: give a model of a family of zoo.models")
+    fields, layout = config.to_published(), config.published_layout()
     writer = Writer(folder, shard_bytes, layout.stem) if jax.process_index() == 0 else None
     dtypes: Counter[str] = Counter()
     for group in groups(model, layout.weights):
