@@ -173,7 +173,7 @@ def beam_search(
     prompts = check_request(model, prompts, sources, max_new_tokens)
     if not is_within(num_beams, model.config.vocab_size):
         raise GenerationError(
-            f"num_beams {num_beams} is no whole number within 1 and the vocabulary's {model.config.vocab_size}"
+            f"num_beams {num_beams!r} is no whole number within 1 and the vocabulary's {model.config.vocab_size}"
         )
     if not np.isfinite(length_penalty):
         raise GenerationError(f"length_penalty {length_penalty} is no finite number: 1 compares means, 0 sums")

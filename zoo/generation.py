@@ -64,7 +64,7 @@ class Sampling:
             raise GenerationError(f"temperature {self.temperature} is too small to divide by: 0 is greedy")
         if self.top_k is not None and not is_within(self.top_k, vocab_size):
             raise GenerationError(
-                f"top_k {self.top_k} is no whole number within 1 and the vocabulary's size {vocab_size}"
+                f"top_k {self.top_k!r} is no whole number within 1 and the vocabulary's size {vocab_size}"
             )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p {self.top_p} is not within 0 (excluded) and 1")
@@ -340,7 +340,7 @@ def check_request(
             f"the model's config forces or bans the token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
         )
     if not isinstance(new, SupportsIndex):
-        raise GenerationError(f"max_new_tokens {new} is no whole number: ask for at least one")
+        raise GenerationError(f"max_new_tokens {new!r} is no whole number: ask for at least one")
     if new < 1:
         raise GenerationError(f"max_new_tokens {new} is below 1: ask for at least one")
     return checked_rows("prompt", config, () if prompts is None else prompts, new)

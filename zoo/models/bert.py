@@ -349,9 +349,7 @@ class Bert(nnx.Module):
 
         [..., V padded to a multiple of 128] float32, -inf at the entries that only pad.
         """
-        logits = self.embed.attend(hidden) + self._word_head().bias[...]
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
+        return self.embed.attend(hidden) + self._word_head().bias[...]
 
     def head(self) -> Head:
         """What `logits` scores with: the embedding's table [D, V padded] and a bias."""

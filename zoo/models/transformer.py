@@ -41,7 +41,6 @@ from zoo.models.published import (
     size,
 )
 from zoo.models.transformer_layout import layout
-from zoo.sharding import constrain
 
 POSITIONS = ("interleaved", "halves", "learned")
 """Sines and cosines in turn; all sines, then all cosines; one vector for each position."""
@@ -376,10 +375,7 @@ class Transformer(EncoderDecoder):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
         logits = super().logits(hidden)
-        if self.words is None:
-            return logits
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits + self.words.bias[...], *leading, "act_vocab")
+        return logits if self.words is None else logits + self.words.bias[...]
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied, and a bias."""
