@@ -79,8 +79,10 @@ def test_sharded_beams_are_those_of_one_device(model) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_beams": 0}, "num_beams 0 is not within 1 and the vocabulary's 7"),
-        ({"num_beams": 8}, "num_beams 8 is not within"),
+        ({"num_beams": 0}, "num_beams 0 is no whole number within 1 and the vocabulary's 7"),
+        ({"num_beams": 8}, "num_beams 8 is no whole number within"),
+        ({"num_beams": 2.5}, "num_beams 2.5 is no whole number within"),
+        ({"stop_tokens": 5}, "stop_tokens 5 are no whole numbers: give a list of token ids"),
         ({"length_penalty": float("nan")}, "length_penalty nan is no finite number"),
         ({"max_new_tokens": 0}, "max_new_tokens 0 is below 1"),
         ({"max_new_tokens": 60}, "more than the model's max_length 48"),

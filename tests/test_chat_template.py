@@ -104,6 +104,7 @@ def test_templates_by_purpose_and_what_they_read(tmp_path) -> None:
         ("{% include 'config.json' %}", "cannot be rendered (no loader for this environment specified)"),
         ("{{ open('config.json') }}", "cannot be rendered ('open' is undefined)"),
         ("{{ raise_exception('no\n system') }}", "cannot be rendered (no system)"),
+        ("{{ raise_exception('') }}", "cannot be rendered (TemplateError)"),
         ("{% if %}", "cannot be rendered (Expected an expression"),
         ("{{ 1 / 0 }}", "cannot be rendered (division by zero)"),
         ("{{ messages[0].content + 1 }}", "cannot be rendered (can only concatenate str"),

@@ -1,3 +1,4 @@
+import dataclasses
 import re
 from typing import Any
 
@@ -10,6 +11,7 @@ from flax import nnx
 from zoo import sharding
 from zoo.generation import GenerationError, Sampling, filtered, generate
 from zoo.models.gpt import GPT, GPTConfig
+from zoo.models.published import SpecialTokens
 
 CONFIG = GPTConfig(vocab_size=150, max_length=64, num_layers=2, width=32, num_heads=4, windows=(None, 6))
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11]]
@@ -154,10 +156,19 @@ def test_a_sharded_model_decodes_alike(greedy) -> None:
         ([[1]], {"temperature": -1.0}, "temperature -1.0 is no finite number from 0: 0 is greedy, "
          "1 the model's distribution"),
         ([[1]], {"temperature": 1.0}, "temperature 1.0 draws at random: give a key, or temperature 0"),
-        ([[1]], {"top_k": 151}, "top_k 151 is not within 1 and the vocabulary's size 150"),
+        ([[1]], {"top_k": 151}, "top_k 151 is no whole number within 1 and the vocabulary's size 150"),
+        ([[1]], {"top_k": 2.5}, "top_k 2.5 is no whole number within 1 and the vocabulary's size 150"),
+        ([[1]], {"stop_tokens": [2.5]}, "stop_tokens [2.5] are no whole numbers: give a list of token ids"),
         ([[1]], {"top_p": 0.0}, "top_p 0.0 is not within 0 (excluded) and 1"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_met_is_said_in_one_line(model, prompts, options, message) -> None:
     with pytest.raises(GenerationError, match=f"^{re.escape(message)}$"):
         generate(model, prompts, **({"max_new_tokens": 4} | options))
+
+
+@pytest.mark.parametrize("special", [{"last": 150}, {"banned": (3, -1)}])
+def test_special_tokens_that_the_vocabulary_lacks_are_refused(special) -> None:
+    model = dataclasses.replace(CONFIG, special_tokens=SpecialTokens(**special)).build(nnx.Rngs(0))
+    with pytest.raises(GenerationError, match=r"^the model's config forces or bans the token (150|-1): the vocabulary"):
+        generate(model, [[1]], max_new_tokens=4)

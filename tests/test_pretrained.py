@@ -250,4 +250,6 @@ def test_what_has_no_published_form_is_not_written(tmp_path) -> None:
     banded = dataclasses.replace(preset("gpt3-125m"), num_layers=2, width=8, num_heads=2, vocab_size=10)
     with pytest.raises(PublishedError, match=r"windows \(None, 256\)"):
         save_pretrained(banded.build(nnx.Rngs(0)), tmp_path / "new")
+    with pytest.raises(PretrainedError, match=r"^a Linear has no published form: give a model of a family"):
+        save_pretrained(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -148,6 +148,13 @@ def test_sentence_pieces_of_t5(tmp_path, t5_model: bytes) -> None:
     assert found.decode(expected) == "the foxes dog"
     assert found.decode(expected, special=True) == "the foxes<extra_id_0> dog<extra_id_99></s>"
     assert found.vocab_size == size + 100 and found.special_ids == {"eos_token": 1, "unk_token": 2, "pad_token": 0}
+    fields = {
+        "tokenizer_class": "T5Tokenizer",
+        "extra_ids": 0,
+        "added_tokens_decoder": {size + 3: {"content": "<far>"}},
+    }
+    found = zoo.tokenizer(write(tmp_path, tokenizer_config__json=fields))
+    assert found.decode([*model.encode("the"), size + 1, size + 3]) == "the<far>"  # nothing is size + 1
 
 
 def test_sentence_pieces_of_llama(tmp_path, llama_model: bytes) -> None:
@@ -178,6 +185,8 @@ def test_sentence_pieces_of_marian(tmp_path, t5_model: bytes) -> None:
     expected = [ids[piece] for piece in pieces]
     assert found.encode([">>fra<< the dogs", ">>deu<<the dogs"]) == [[2, *expected, 0], [1, *expected, 0]]
     assert found.decode([2, *expected, 0]) == ">>fra<< the dogs"
+    found = zoo.tokenizer(write(tmp_path, vocab__json=ids | {"<far>": 99}))
+    assert found.decode([98, *expected]) == "the dogs"  # nothing is 98
 
 
 @pytest.mark.parametrize(

@@ -127,6 +127,10 @@ def load_data(folder: Path) -> dict[str, Any]:
 def _read(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads((folder / CONFIG).read_text())
+        if "model_type" in content:
+            raise UserError(
+                f"{folder} is a published model and not a run: zoo.from_pretrained({str(folder)!r}) loads it"
+            )
         missing = [part for part in ("experiment", "model", "data") if not isinstance(content[part], dict)]
         if missing or not isinstance(content["experiment"]["name"], str) or "sha256" not in content["data"]:
             raise ValueError("parts are missing")

@@ -19,6 +19,7 @@ from zoo.generation import (
     Padded,
     allowed,
     check_request,
+    is_within,
     laid_out,
     padded_rows,
     power_of_two,
@@ -170,8 +171,10 @@ def beam_search(
     """
     first = model.config.special_tokens.first if prompts is None else None
     prompts = check_request(model, prompts, sources, max_new_tokens)
-    if not 1 <= num_beams <= model.config.vocab_size:
-        raise GenerationError(f"num_beams {num_beams} is not within 1 and the vocabulary's {model.config.vocab_size}")
+    if not is_within(num_beams, model.config.vocab_size):
+        raise GenerationError(
+            f"num_beams {num_beams!r} is no whole number within 1 and the vocabulary's {model.config.vocab_size}"
+        )
     if not np.isfinite(length_penalty):
         raise GenerationError(f"length_penalty {length_penalty} is no finite number: 1 compares means, 0 sums")
     padded, slots = laid_out(model.config, prompts, max_new_tokens)

@@ -27,7 +27,7 @@ def render(template: str, variables: Mapping[str, Any], where: str) -> str:
     except jinja2.exceptions.SecurityError as problem:
         raise PretrainedError(f"{where} does what no template may ({problem}): look at who wrote it") from None
     except Exception as problem:  # whatever an expression of the template raises
-        reason = " ".join(f"{problem or type(problem).__name__}".split())
+        reason = " ".join(str(problem).split()) or type(problem).__name__
         raise PretrainedError(f"{where} cannot be rendered ({reason}): look at the messages, or the template") from None
 
 

@@ -18,7 +18,7 @@ import msgpack
 import numpy as np
 
 from zoo.models import published_config
-from zoo.pretrained import SHARD_BYTES, wanted_tensors
+from zoo.pretrained import SHARD_BYTES, refuse, wanted_tensors
 from zoo.published_folder import FLOATS, PretrainedError, Writer, read_json
 
 WEIGHTS = "flax_model.msgpack"
@@ -175,11 +175,11 @@ def _check(source: Path, tensors: Mapping[str, np.ndarray], config: Any) -> None
         name if name.startswith(layout.prefix) or name in wanted else layout.prefix + name: x
         for name, x in tensors.items()
     }
-    problems = {
-        "missing": sorted(wanted.keys() - full.keys()),
-        "left over": sorted(full.keys() - wanted.keys() - layout.tied.keys()),
-        "of another shape": [n for n in sorted(wanted.keys() & full.keys()) if full[n].shape != wanted[n]],
-    }
-    told = [f"{what}: {', '.join(which)}" for what, which in problems.items() if which]
-    if told:
-        raise PretrainedError(f"{source} does not hold the model that its config.json names; {'; '.join(told)}")
+    refuse(
+        source,
+        {
+            "missing": sorted(wanted.keys() - full.keys()),
+            "left over": sorted(full.keys() - wanted.keys() - layout.tied.keys()),
+            "of another shape": [n for n in sorted(wanted.keys() & full.keys()) if full[n].shape != wanted[n]],
+        },
+    )

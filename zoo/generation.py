@@ -62,8 +62,10 @@ class Sampling:
             )
         if 0 < self.temperature < 1e-6:
             raise GenerationError(f"temperature {self.temperature} is too small to divide by: 0 is greedy")
-        if self.top_k is not None and not 1 <= self.top_k <= vocab_size:
-            raise GenerationError(f"top_k {self.top_k} is not within 1 and the vocabulary's size {vocab_size}")
+        if self.top_k is not None and not is_within(self.top_k, vocab_size):
+            raise GenerationError(
+                f"top_k {self.top_k!r} is no whole number within 1 and the vocabulary's size {vocab_size}"
+            )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise GenerationError(f"top_p {self.top_p} is not within 0 (excluded) and 1")
 
@@ -294,8 +296,17 @@ def laid_out(config: Any, prompts: Sequence[Sequence[int]], new: int) -> tuple[P
 
 
 def stops(config: Any, stop_tokens: Sequence[int] | None) -> jax.Array:
-    """The tokens that end a row: those given, else the config's own."""
-    return jnp.asarray(config.special_tokens.eos if stop_tokens is None else stop_tokens, jnp.int32)
+    """The tokens that end a row: those given, else the config's own. Raises GenerationError."""
+    tokens = config.special_tokens.eos if stop_tokens is None else stop_tokens
+    try:
+        return jnp.array([operator.index(token) for token in tokens], jnp.int32)
+    except TypeError:
+        raise GenerationError(f"stop_tokens {tokens!r:.60} are no whole numbers: give a list of token ids") from None
+
+
+def is_within(count: Any, most: int) -> bool:
+    """Whether it is a whole number from 1 to `most`."""
+    return isinstance(count, SupportsIndex) and 1 <= operator.index(count) <= most
 
 
 def check_request(
@@ -321,8 +332,15 @@ def check_request(
         prompts = [[start]] * len(sources) if prompts is None else prompts
         if len(prompts) != len(sources):
             raise GenerationError(f"{len(prompts)} prompts for {len(sources)} sources: give as many of both")
+    special = config.special_tokens
+    forced_or_banned = (special.first, special.last, *special.banned)
+    unknown = [token for token in forced_or_banned if token is not None and not 0 <= token < config.vocab_size]
+    if unknown:
+        raise GenerationError(
+            f"the model's config forces or bans the token {unknown[0]}: the vocabulary is 0 to {config.vocab_size - 1}"
+        )
     if not isinstance(new, SupportsIndex):
-        raise GenerationError(f"max_new_tokens {new} is no whole number: ask for at least one")
+        raise GenerationError(f"max_new_tokens {new!r} is no whole number: ask for at least one")
     if new < 1:
         raise GenerationError(f"max_new_tokens {new} is below 1: ask for at least one")
     return checked_rows("prompt", config, () if prompts is None else prompts, new)

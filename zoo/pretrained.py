@@ -57,7 +57,8 @@ def from_pretrained(
     dtype: of parameters and of computing, by name. None: parameters as they are stored, computing in float32.
     mesh: the model is laid out over it by `rules` (sharding.RULES where None). None: one device.
     `save_pretrained` writes the dtype back that was stored, whatever it was read as.
-    Raises PretrainedError, and PublishedError for a model that no family here can be.
+    Raises PretrainedError; PublishedError for a model that no family here can be, and LayerError for sizes that do not
+    fit one another.
     """
     folder = find(source)
     config = published_config(read_json(folder / "config.json") | _rules_of_generation(folder))
@@ -92,10 +93,13 @@ def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int =
     else that of its parameter. Every process of a mesh must call it; the first one writes.
     Raises PretrainedError where the folder holds a model already, and PublishedError where there is no published form.
     """
-    folder = Path(folder)
+    folder = Path(folder).expanduser()
     if holds_model(folder):
         raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
-    fields, layout = model.config.to_published(), model.config.published_layout()
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "to_published"):
+        raise PretrainedError(f"a {type(model).__name__} has no published form: give a model of a family of zoo.models")
+    fields, layout = config.to_published(), config.published_layout()
     writer = Writer(folder, shard_bytes, layout.stem) if jax.process_index() == 0 else None
     dtypes: Counter[str] = Counter()
     for group in groups(model, layout.weights):
@@ -218,25 +222,27 @@ class Tensors:
         names = self.found.keys()
         missing = sorted(wanted.keys() - names)
         left_over = sorted(names - wanted.keys() - self.layout.tied.keys())
-        shapes = {name: self.found[name].shape for name in sorted(wanted.keys() & names)}
-        wrong = [f"{name} {shape} for {wanted[name]}" for name, shape in shapes.items() if shape != wanted[name]]
-        kinds = {name: self.found[name].dtype for name in shapes}
-        problems = {
-            "missing": missing,
-            "left over": left_over,
-            "of another shape than config.json says": wrong,
-            "no floating-point numbers": [
-                f"{name} {kind}" for name, kind in kinds.items() if kind not in FLOATS.values()
-            ],
-        }
-        told = [f"{what}: {', '.join(which)}" for what, which in problems.items() if which]
-        if told:
-            raise PretrainedError(
-                f"{self.folder} does not hold the model that its config.json names; {'; '.join(told)}"
-            )
+        held = [(name, self.found[name]) for name in sorted(wanted.keys() & names)]
+        wrong = [f"{name} {stored.shape} for {wanted[name]}" for name, stored in held if stored.shape != wanted[name]]
+        refuse(
+            self.folder,
+            {
+                "missing": missing,
+                "left over": left_over,
+                "of another shape than config.json says": wrong,
+                "no floating-point numbers": [f"{n} {x.dtype}" for n, x in held if x.dtype not in FLOATS.values()],
+            },
+        )
         for name, own in self.layout.tied.items():
             if name in names and not np.array_equal(self.found[name].read(), self.found[own].read()):
                 raise PretrainedError(f"{self.folder}: {name} differs from {own}, and here they are one: no such model")
+
+
+def refuse(folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
+    """Raises PretrainedError with all names of tensors that have a problem, unless there are none."""
+    told = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
+    if told:
+        raise PretrainedError(f"{folder} does not hold the model that its config.json names; {'; '.join(told)}")
 
 
 def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, Sharding]) -> Any:

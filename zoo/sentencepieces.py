@@ -84,7 +84,8 @@ class PieceTokenizer(Tokenizer):
         return ids
 
     def text(self, ids: list[int], special: bool) -> str:
-        shown = (i for i in ids if special or i not in self.special)
+        known = (i for i in ids if i < self.size or i in self.content)
+        shown = (i for i in known if special or i not in self.special)
         parts: list[str] = []
         for is_whole, group in itertools.groupby(shown, self.content.__contains__):
             run = list(group)
@@ -132,8 +133,9 @@ class MarianTokenizer(Tokenizer):
 
     def text(self, ids: list[int], special: bool) -> str:
         roles = set(self.special_ids.values())
+        shown = (i for i in ids if i in self.content and (special or i not in roles))
         parts: list[str] = []
-        for is_role, run in itertools.groupby((i for i in ids if special or i not in roles), roles.__contains__):
+        for is_role, run in itertools.groupby(shown, roles.__contains__):
             pieces = [self.content[i] for i in run]
             parts += [f"{piece} " for piece in pieces] if is_role else [self.source.decode_pieces(pieces)]
         return "".join(parts).replace("▁", " ").strip()

@@ -57,7 +57,7 @@ class Tokenizer:
         return [[*before, *ids, *after] for ids in self.pieces(texts, False)]
 
     def decode(self, ids: Iterable[int], *, special: bool = False) -> str:
-        """The text of ids; special tokens are left out unless `special`."""
+        """The text of ids; special tokens are left out unless `special`, and ids in a gap of the vocabulary always."""
         try:
             known = [operator.index(i) for i in ids]
         except TypeError:

@@ -98,7 +98,7 @@ def test_configs_come_back_from_their_published_form(name, head) -> None:
 def test_what_is_no_head_is_refused_in_one_line() -> None:
     for changes, message in (
         ({"head": "words"}, "head 'words' is unknown: choose one of lm, none, sequence_classification"),
-        ({"labels": ("a", "a")}, "labels ('a', 'a') are none, or one of them twice"),
+        ({"labels": ()}, "labels () are none: name each class"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is unknown"),
     ):
         with pytest.raises(LayerError, match=f"^{re.escape(message)}"):

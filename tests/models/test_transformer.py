@@ -312,6 +312,7 @@ PUBLISHED = {name: models.preset(name).to_published() for name in PRESETS}
         ("opus-mt-en-de", {"decoder_vocab_size": 99}, "decoder_vocab_size 99, and a Marian with vocab_size 58101"),
         ("opus-mt-en-de", {"normalize_embedding": True}, "normalize_embedding True"),
         ("opus-mt-en-de", {"bad_words_ids": [[1, 2]]}, r"bad_words_ids \[\[1, 2\]\]"),
+        ("opus-mt-en-de", {"bad_words_ids": 5}, "bad_words_ids 5"),
         ("opus-mt-en-de", {"forced_eos_token_id": [0, 1]}, r"special token \[0, 1\]"),
         ("opus-mt-en-de", {"is_decoder": True}, "is_decoder True"),
     ],

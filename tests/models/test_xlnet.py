@@ -346,7 +346,7 @@ def test_a_published_config_that_is_none_of_these_is_refused_by_name(fields, mes
         ({"attention": "bi"}, "attention 'bi' is unknown: choose one of two_way, causal"),
         ({"num_heads": 5}, "width 32 is no multiple of num_heads 5"),
         ({"memory_length": 0}, "memory_length 0 is too small"),
-        ({"labels": ("a", "a")}, r"labels \('a', 'a'\)"),
+        ({"labels": ()}, r"labels \(\) are none"),
         ({"head": "question_answering", "labels": ("a",)}, "start and the end"),
         ({"problem_type": "ranking"}, "problem_type 'ranking' is unknown"),
     ],

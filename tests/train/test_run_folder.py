@@ -82,6 +82,15 @@ def test_a_damaged_config_is_named(content: str, tiny: Experiment, tmp_path: Pat
         run_folder.check(tmp_path, tiny)
 
 
+def test_a_published_model_is_no_run(tiny: Experiment, tmp_path: Path):
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    for read in (lambda: run_folder.name(tmp_path), lambda: run_folder.check(tmp_path, tiny)):
+        with pytest.raises(
+            UserError, match=r"is a published model and not a run: zoo.from_pretrained\('.*'\) loads it"
+        ):
+            read()
+
+
 def test_a_config_of_another_version_is_named(tiny: Experiment, tmp_path: Path):
     run_folder.create(tmp_path, tiny, tiny.model, DATA)
     content = json.loads((tmp_path / "config.json").read_text())

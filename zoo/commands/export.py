@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,7 +158,8 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
         "held out": figures,
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
-    text_task = "pipeline_tag: text-generation\n" if "LMHead" in rows["model"] else ""
+    generates = re.match(r"\w+(LMHeadModel|ForCausalLM),", rows["model"])
+    text_task = "pipeline_tag: text-generation\n" if generates else ""
     return CARD.format(name=experiment.name, table=table, task=text_task, version=__version__, folder=target.name)
 
 

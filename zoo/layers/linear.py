@@ -206,7 +206,8 @@ class Embed(nnx.Module):
         """Logits of x [..., D] against every row: [..., V padded] float32, -inf at the rows that only pad."""
         logits = cast(jax.Array, scores(x, self.table[...], self.precision))
         real = jnp.arange(logits.shape[-1]) < self.vocab_size
-        return materialized(jnp.where(real, logits, -jnp.inf))
+        leading = ("act_batch", *("act_length",) * (x.ndim - 2))[: x.ndim - 1]
+        return constrain(materialized(jnp.where(real, logits, -jnp.inf)), *leading, "act_vocab")
 
     def head(self) -> Head:
         """What `attend` scores with, for a loss that never holds all its logits."""

@@ -28,19 +28,18 @@ from zoo.layers.positions import LearnedPositions, SequenceError, check_length
 from zoo.layers.transformer import Block, Intermediates, Stack
 from zoo.models.published import (
     LABELS,
-    PROBLEMS,
     Layout,
-    PublishedError,
     SpecialTokens,
     Weight,
     activation,
-    labels,
+    check_head,
+    head,
     linear,
     norm,
     number,
-    problem,
     published_activation,
     published_labels,
+    read_labels,
     require,
     size,
 )
@@ -110,16 +109,7 @@ class BertConfig:
     def __post_init__(self) -> None:
         names = ("vocab_size", "max_length", "token_types", "num_layers", "width", "num_heads", "mlp_width")
         check_sizes(**{name: getattr(self, name) for name in names})
-        if self.head not in HEADS:
-            raise LayerError(f"head {self.head!r} is unknown: choose one of {', '.join(HEADS)}")
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise LayerError(f"labels {self.labels} are none, or one of them twice: name each class")
-        if self.head == "question_answering" and len(self.labels) != 2:
-            raise LayerError(
-                f"labels {self.labels}: question_answering scores the start and the end of an answer, so that it has 2"
-            )
-        if self.problem_type not in (None, *PROBLEMS):
-            raise LayerError(f"problem_type {self.problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}")
+        check_head(self, HEADS)
 
     @property
     def kind(self) -> HeadKind:
@@ -161,15 +151,7 @@ class BertConfig:
             pruned_heads={},
             tie_word_embeddings=True,
         )
-        classes = {kind.published: head for head, kind in HEADS.items()}
-        architectures = fields.get("architectures")
-        if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in classes:
-            raise PublishedError(
-                f"config.json has architectures {architectures!r}, and a BERT here is one of {', '.join(classes)}"
-            )
-        head, names = classes[architectures[0]], labels(fields, "BERT")
-        if head == "question_answering" and len(names) != 2:
-            raise PublishedError(f"config.json has {len(names)} labels, and a BERT that answers questions has 2")
+        found = head(fields, "BERT", {name: kind.published for name, kind in HEADS.items()})
         classifier_dropout = fields.get("classifier_dropout")
         return cls(
             vocab_size=size(fields, "vocab_size"),
@@ -179,9 +161,8 @@ class BertConfig:
             width=size(fields, "hidden_size"),
             num_heads=size(fields, "num_attention_heads"),
             mlp_width=size(fields, "intermediate_size"),
-            head=head,
-            labels=names,
-            problem_type=problem(fields),
+            head=found,
+            **read_labels(fields, "BERT", found),
             activation=activation(fields, "hidden_act", "gelu"),
             norm_epsilon=number(fields, "layer_norm_eps", 1e-12),
             dropout=number(fields, "hidden_dropout_prob", 0.1),
@@ -209,10 +190,7 @@ class BertConfig:
             "classifier_dropout": self.classifier_dropout,
             "tie_word_embeddings": True,
         }
-        fields |= published_labels(self.labels)
-        if self.problem_type is not None:
-            fields["problem_type"] = self.problem_type
-        return fields | self.special_tokens.to_published()
+        return fields | published_labels(self) | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return _layout(self.kind)
@@ -371,9 +349,7 @@ class Bert(nnx.Module):
 
         [..., V padded to a multiple of 128] float32, -inf at the entries that only pad.
         """
-        logits = self.embed.attend(hidden) + self._word_head().bias[...]
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
+        return self.embed.attend(hidden) + self._word_head().bias[...]
 
     def head(self) -> Head:
         """What `logits` scores with: the embedding's table [D, V padded] and a bias."""

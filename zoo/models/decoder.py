@@ -17,7 +17,7 @@ from zoo.layers.attention import KVCache
 from zoo.layers.linear import Embed, Head, LayerError, Linear, check_sizes, normal
 from zoo.layers.positions import SequenceError, check_length
 from zoo.layers.transformer import Intermediates, Stack
-from zoo.models.published import LABELS, PROBLEMS, head, labels, problem, published_labels
+from zoo.models.published import LABELS, head, published_labels, read_labels
 from zoo.sharding import constrain
 
 HEADS = ("lm", "none", "sequence_classification")
@@ -50,30 +50,18 @@ class DecoderConfig:
             raise LayerError("windows () is no period: give one for each layer of a period, None for dense attention")
         check_sizes(**{name: size for name, size in sizes.items() if size is not None})
 
-    def check_head(self) -> None:
-        """Raises LayerError for a head, labels or a problem that there are none of."""
-        for name, known in (("head", HEADS), ("problem_type", (None, *PROBLEMS))):
-            if getattr(self, name) not in known:
-                raise LayerError(
-                    f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(map(str, known))}"
-                )
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise LayerError(f"labels {self.labels} are none, or one of them twice: name each class")
-
     @staticmethod
     def read_head(fields: Mapping[str, Any], family: str, classes: Mapping[str, str]) -> dict[str, Any]:
         """head, labels and problem_type of a config.json; classes: published classes by the names in HEADS."""
-        found: dict[str, Any] = {"head": head(fields, family, classes)}
+        found: dict[str, Any] = {"head": head(fields, family, classes, "lm")}
         if found["head"] == "sequence_classification":
-            found |= {"labels": labels(fields, family), "problem_type": problem(fields)}
+            found |= read_labels(fields, family, found["head"])
         return found
 
     def published_head(self, classes: Mapping[str, str]) -> dict[str, Any]:
         """The fields of config.json that `read_head` reads."""
         fields: dict[str, Any] = {"architectures": [classes[self.head]]}
-        if self.head == "sequence_classification":
-            fields |= published_labels(self.labels)
-        return fields if self.problem_type is None else fields | {"problem_type": self.problem_type}
+        return fields | published_labels(self) if self.head == "sequence_classification" else fields
 
     def flops(self, length: int, weights: int) -> float:
         """FLOPs of a forward pass over `length` tokens through layers of `weights` parameters in matrices, and a head.
@@ -194,9 +182,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = self._words().attend(hidden)
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
+        return self._words().attend(hidden)
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""

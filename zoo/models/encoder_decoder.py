@@ -246,9 +246,7 @@ class EncoderDecoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = self._words().attend(hidden)
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
+        return self._words().attend(hidden)
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied."""

@@ -11,7 +11,8 @@ from flax import nnx
 
 from zoo.layers.dropout import dropout, split
 from zoo.layers.linear import Initializer, LayerError, Linear
-from zoo.models.published import PROBLEMS, PublishedError, Weight, labels, linear, number, problem
+from zoo.models import published
+from zoo.models.published import Weight, linear, number, published_labels, read_labels
 
 HEADS = {
     "lm": "scores of the next word at each token of the decoder",
@@ -34,17 +35,8 @@ SCORES_CLASSES = (*AS_SOURCE, "token_classification")
 
 
 def check_head(config: Any, known: Collection[str]) -> None:
-    """Raises LayerError for a head that is none of the family's, and for labels that do not fit it."""
-    if config.head not in known:
-        raise LayerError(f"head {config.head!r} is unknown: choose one of {', '.join(known)}")
-    if not config.labels or len(set(config.labels)) < len(config.labels):
-        raise LayerError(f"labels {config.labels} are none, or one of them twice: name each class")
-    if config.head == "question_answering" and len(config.labels) != 2:
-        raise LayerError(
-            f"labels {config.labels}: question_answering scores the start and the end of an answer, so that it has 2"
-        )
-    if config.problem_type not in (None, *PROBLEMS):
-        raise LayerError(f"problem_type {config.problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}")
+    """Raises LayerError as published.check_head does, and where classes of a text have no place to be scored at."""
+    published.check_head(config, known)
     if config.head == "sequence_classification" and not config.special_tokens.eos:
         raise LayerError("special_tokens without eos: sequence_classification scores the state where a source ends")
 
@@ -53,13 +45,10 @@ def read_head(fields: Mapping[str, Any], family: str, head: str) -> dict[str, An
     """labels, problem_type and classifier_dropout of a config.json, as far as a head has them."""
     if head not in SCORES_CLASSES:
         return {}
-    names = labels(fields, family)
-    if head == "question_answering":
-        if len(names) != 2:
-            raise PublishedError(f"config.json has {len(names)} labels, and a {family} that answers questions has 2")
-        return {"labels": names}
-    rate = number({"classifier_dropout": 0.0} | dict(fields), "classifier_dropout", 0.0)
-    return {"labels": names, "problem_type": problem(fields), "classifier_dropout": rate}
+    found = read_labels(fields, family, head)
+    if head != "question_answering":
+        found["classifier_dropout"] = number(fields, "classifier_dropout", 0.0)
+    return found
 
 
 def published_head(config: Any) -> dict[str, Any]:
@@ -69,14 +58,8 @@ def published_head(config: Any) -> dict[str, Any]:
     """
     if config.head not in SCORES_CLASSES:
         return {}
-    names = config.labels
-    fields: dict[str, Any] = {
-        "id2label": {str(i): name for i, name in enumerate(names)},
-        "label2id": {name: i for i, name in enumerate(names)},
-    }
-    if config.head != "question_answering":
-        fields["classifier_dropout"] = config.classifier_dropout
-    return fields if config.problem_type is None else fields | {"problem_type": config.problem_type}
+    fields = published_labels(config, always=True)
+    return fields if config.head == "question_answering" else fields | {"classifier_dropout": config.classifier_dropout}
 
 
 def head_flops(config: Any, source: int, length: int) -> float:

@@ -30,7 +30,7 @@ from zoo.layers.linear import Embed, Precision, normal
 from zoo.layers.norms import LayerNorm
 from zoo.layers.positions import LearnedPositions
 from zoo.layers.transformer import Block, Stack
-from zoo.models.decoder import Decoder, DecoderConfig, classifier
+from zoo.models.decoder import HEADS, Decoder, DecoderConfig, classifier
 from zoo.models.published import (
     LABELS,
     Layout,
@@ -38,6 +38,7 @@ from zoo.models.published import (
     SpecialTokens,
     Weight,
     activation,
+    check_head,
     linear,
     norm,
     number,
@@ -88,7 +89,7 @@ class GPTConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "head_dim", "mlp_width")
-        self.check_head()
+        check_head(self, HEADS)
 
     def build(self, rngs: nnx.Rngs) -> "GPT":
         return GPT(self, rngs=rngs)

@@ -24,7 +24,7 @@ from zoo.layers.linear import Embed, LayerError, Precision, check_sizes
 from zoo.layers.norms import RMSNorm
 from zoo.layers.positions import Llama3Scaling, Rotary
 from zoo.layers.transformer import Block, Stack
-from zoo.models.decoder import Decoder, DecoderConfig, classifier
+from zoo.models.decoder import HEADS, Decoder, DecoderConfig, classifier
 from zoo.models.published import (
     LABELS,
     Layout,
@@ -32,6 +32,7 @@ from zoo.models.published import (
     SpecialTokens,
     Weight,
     activation,
+    check_head,
     flag,
     linear,
     norm,
@@ -105,7 +106,7 @@ class LlamaConfig(DecoderConfig):
     def __post_init__(self) -> None:
         self.check_sizes("vocab_size", "max_length", "num_layers", "width", "num_heads", "num_kv_heads", "head_dim")
         check_sizes(mlp_width=self.mlp_width)
-        self.check_head()
+        check_head(self, HEADS)
         if self.head_size % 2:
             raise LayerError(f"head_dim {self.head_size} is odd, and rotary positions turn pairs: choose an even one")
         if self.published not in CLASSES:

@@ -5,9 +5,11 @@ The published layouts are those that Hugging Face transformers and diffusers wri
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from zoo.layers.linear import LayerError
 
 ACTIVATIONS = {
     "gelu": "gelu",
@@ -119,7 +121,7 @@ class SpecialTokens:
         bos, eos, pad, start, first, last = (fields.get(f"{kind}_token_id") for kind in kinds)
         ends = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
         words = fields.get("bad_words_ids") or []
-        if not all(isinstance(word, list) and len(word) == 1 for word in words):
+        if not isinstance(words, list) or not all(isinstance(word, list) and len(word) == 1 for word in words):
             raise PublishedError(f"config.json has bad_words_ids {words!r}: words of one token alone are banned here")
         banned = tuple(word[0] for word in words)
         for token in (bos, pad, start, first, last, *ends, *banned):
@@ -145,12 +147,26 @@ def require(fields: Mapping[str, Any], family: str, **only: Any) -> None:
             raise PublishedError(f"config.json has {name} {found!r}, and a {family} here has {value!r} alone")
 
 
-def head(fields: Mapping[str, Any], family: str, classes: Mapping[str, str]) -> str:
-    """Our name of the head whose class `architectures` names; the first of `classes` where it is left out.
+def check_head(config: Any, known: Collection[str]) -> None:
+    """Raises LayerError unless a config's head is one of `known`, and its labels and problem_type fit such a head."""
+    for name, names in (("head", known), ("problem_type", (None, *PROBLEMS))):
+        value = getattr(config, name)
+        if value not in names:
+            raise LayerError(f"{name} {value!r} is unknown: choose one of {', '.join(filter(None, names))}")
+    if not config.labels:
+        raise LayerError("labels () are none: name each class")
+    if config.head == "question_answering" and len(config.labels) != 2:
+        raise LayerError(
+            f"labels {config.labels}: question_answering scores the start and the end of an answer, so that it has 2"
+        )
+
+
+def head(fields: Mapping[str, Any], family: str, classes: Mapping[str, str], default: str | None = None) -> str:
+    """Our name of the head whose class `architectures` names; `default` where it is left out, unless there is none.
 
     classes: published classes by our names of their heads.
     """
-    found = fields.get("architectures", [next(iter(classes.values()))])
+    found = fields.get("architectures", None if default is None else [classes[default]])
     for ours, published in classes.items():
         if found == [published]:
             return ours
@@ -197,6 +213,16 @@ def published_activation(ours: str) -> str:
     return next(published for published, name in ACTIVATIONS.items() if name == ours)
 
 
+def read_labels(fields: Mapping[str, Any], family: str, head: str) -> dict[str, Any]:
+    """labels and problem_type of a config.json whose class has our `head`."""
+    names, problem = labels(fields, family), fields.get("problem_type")
+    if head == "question_answering" and len(names) != 2:
+        raise PublishedError(f"config.json has {len(names)} labels, and a {family} that answers questions has 2")
+    if problem not in (None, *PROBLEMS):
+        raise PublishedError(f"config.json has problem_type {problem!r}, which is none of {', '.join(PROBLEMS)}")
+    return {"labels": names, "problem_type": problem}
+
+
 def labels(fields: Mapping[str, Any], family: str) -> tuple[str, ...]:
     """The names of classes, from id2label, or from their number where none are named. Two may bear the same name."""
     named = fields.get("id2label")
@@ -211,19 +237,10 @@ def labels(fields: Mapping[str, Any], family: str) -> tuple[str, ...]:
     return names
 
 
-def published_labels(labels: tuple[str, ...]) -> dict[str, Any]:
-    """The fields that name classes; none where nobody named the two there are unless told."""
-    if labels == LABELS:
-        return {}
-    return {
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-    }
-
-
-def problem(fields: Mapping[str, Any]) -> str | None:
-    """How classes are read, a name in PROBLEMS; None where it is not said."""
-    value = fields.get("problem_type")
-    if value not in (None, *PROBLEMS):
-        raise PublishedError(f"config.json has problem_type {value!r}, which is none of {', '.join(PROBLEMS)}")
-    return value
+def published_labels(config: Any, *, always: bool = False) -> dict[str, Any]:
+    """The fields that `read_labels` reads; the two names that nobody gave are left out unless `always`."""
+    fields: dict[str, Any] = {}
+    if always or config.labels != LABELS:
+        fields["id2label"] = {str(i): label for i, label in enumerate(config.labels)}
+        fields["label2id"] = {label: i for i, label in enumerate(config.labels)}
+    return fields if config.problem_type is None else fields | {"problem_type": config.problem_type}

@@ -149,12 +149,7 @@ class T5Config:
     def from_published(cls, fields: Mapping[str, Any]) -> "T5Config":
         """From the config.json of a T5 or mT5; raises PublishedError for one that this module cannot be."""
         model_type = fields["model_type"]
-        require(
-            fields,
-            "T5",
-            is_decoder=False,
-            scalable_attention=True,
-        )
+        require(fields, "T5", is_decoder=False, scalable_attention=True)
         default = {"t5": "relu", "mt5": "gated-gelu"}[model_type]
         projection = str(fields.get("feed_forward_proj", default))
         name = "gelu_new" if projection == "gated-gelu" else projection.removeprefix("gated-")
@@ -166,7 +161,7 @@ class T5Config:
         require(fields, f"T5 with feed_forward_proj {projection!r}", dense_act_fn=name)
         # A head of its own needs no scale, which is how older files say it. mT5 has none by either name.
         scaled = flag(fields, "scale_decoder_outputs", flag(fields, "tie_word_embeddings", True)) and model_type == "t5"
-        kind = head(fields, model_type.upper(), _classes(model_type))
+        kind = head(fields, model_type.upper(), _classes(model_type), "lm")
         if kind not in SOURCE_ALONE:  # Files of those say the one or the other.
             require(fields, "T5", is_encoder_decoder=True)
         layers = size(fields, "num_layers")

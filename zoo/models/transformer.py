@@ -41,7 +41,6 @@ from zoo.models.published import (
     size,
 )
 from zoo.models.transformer_layout import layout
-from zoo.sharding import constrain
 
 POSITIONS = ("interleaved", "halves", "learned")
 """Sines and cosines in turn; all sines, then all cosines; one vector for each position."""
@@ -153,7 +152,7 @@ class TransformerConfig:
         """From the config.json of a Marian or BART; raises PublishedError for one that this module cannot be."""
         model_type = fields["model_type"]
         classes, family = _CLASSES[model_type], model_type.upper() if model_type == "bart" else "Marian"
-        kind = head(fields, family, classes)
+        kind = head(fields, family, classes, "lm")
         fields = _DEFAULTS[model_type] | dict(fields)
         vocab_size = size(fields, "vocab_size")
         require(fields, family, **_ALONE, **_ALONE_OF[model_type])
@@ -376,10 +375,7 @@ class Transformer(EncoderDecoder):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
         logits = super().logits(hidden)
-        if self.words is None:
-            return logits
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits + self.words.bias[...], *leading, "act_vocab")
+        return logits if self.words is None else logits + self.words.bias[...]
 
     def head(self) -> Head:
         """What `logits` scores with: a table [D, V padded], the embedding's own where tied, and a bias."""

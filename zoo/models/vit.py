@@ -29,19 +29,19 @@ from zoo.layers.patches import ImageTokens, patch_grid
 from zoo.layers.transformer import Block, Intermediates, LayerScale, Stack
 from zoo.models.published import (
     LABELS,
-    PROBLEMS,
     Layout,
     PublishedError,
     Weight,
     activation,
+    check_head,
     flag,
-    labels,
+    head,
     linear,
     norm,
     number,
-    problem,
     published_activation,
     published_labels,
+    read_labels,
     require,
     size,
 )
@@ -132,12 +132,9 @@ class ViTConfig:
         for name in ("image_size", "patch_size"):
             y, x = getattr(self, name)
             check_sizes(**{f"{name} down": y, f"{name} across": x})
-        for name, known in (("head", HEADS), ("pool", POOLS), ("problem_type", (None, *PROBLEMS))):
-            if getattr(self, name) not in known:
-                names = ", ".join(str(one) for one in known if one)
-                raise LayerError(f"{name} {getattr(self, name)!r} is unknown: choose one of {names}")
-        if not self.labels:
-            raise LayerError("labels () are none: name each class")
+        check_head(self, HEADS)
+        if self.pool not in POOLS:
+            raise LayerError(f"pool {self.pool!r} is unknown: choose one of {', '.join(POOLS)}")
         patch_grid(self.image_size, self.patch_size)  # Raises where an image is smaller than a patch.
 
     @property
@@ -192,13 +189,8 @@ class ViTConfig:
     def from_published(cls, fields: Mapping[str, Any]) -> "ViTConfig":
         """From the config.json of a ViT or a DINOv2; raises PublishedError for one that this module cannot be."""
         model_type = fields.get("model_type", "vit")
-        forms = {form.name: form for form in FORMS if form.model_type == model_type}
-        architectures = fields.get("architectures")
-        if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in forms:
-            raise PublishedError(
-                f"config.json has architectures {architectures!r}, and a {model_type} here is one of {', '.join(forms)}"
-            )
-        traits = forms[architectures[0]].traits
+        forms = {form.traits["head"]: form for form in FORMS if form.model_type == model_type}
+        traits = forms[head(fields, model_type, {name: form.name for name, form in forms.items()})].traits
         width = size(fields, "hidden_size")
         own = _vit_fields(fields, width) if model_type == "vit" else _dino_fields(fields, width, traits)
         return cls(
@@ -209,8 +201,7 @@ class ViTConfig:
             num_heads=size(fields, "num_attention_heads"),
             head=traits["head"],
             pool=traits["pool"],
-            labels=labels(fields, "ViT"),
-            problem_type=problem(fields),
+            **read_labels(fields, "ViT", traits["head"]),
             antialias=traits["antialias"],
             qkv_bias=flag(fields, "qkv_bias", True),
             attention_dropout=number(fields, "attention_probs_dropout_prob", 0.0),
@@ -236,9 +227,7 @@ class ViTConfig:
         }
         if not self.gated:
             fields["hidden_act"] = published_activation(self.activation)
-        fields |= published_labels(self.labels)
-        if self.problem_type is not None:
-            fields["problem_type"] = self.problem_type
+        fields |= published_labels(self)
         if form.model_type == "vit":
             return fields | {"intermediate_size": self.mlp_width}
         if self.dropout:

@@ -36,20 +36,20 @@ from zoo.layers.relative import (
 from zoo.layers.transformer import Intermediates, Stack
 from zoo.models.published import (
     LABELS,
-    PROBLEMS,
     Layout,
     PublishedError,
     SpecialTokens,
     Weight,
     activation,
+    check_head,
     flag,
-    labels,
+    head,
     linear,
     norm,
     number,
-    problem,
     published_activation,
     published_labels,
+    read_labels,
     require,
     size,
 )
@@ -118,19 +118,11 @@ class XLNetConfig:
         limits = ("memory_length", "reuse_length", "longest_distance")
         limits = tuple(name for name in limits if getattr(self, name) is not None)
         check_sizes(**{name: getattr(self, name) for name in names + limits})
-        for name, known in (("head", HEADS), ("attention", ATTENTION)):
-            if getattr(self, name) not in known:
-                raise LayerError(f"{name} {getattr(self, name)!r} is unknown: choose one of {', '.join(known)}")
+        check_head(self, HEADS)
+        if self.attention not in ATTENTION:
+            raise LayerError(f"attention {self.attention!r} is unknown: choose one of {', '.join(ATTENTION)}")
         if self.width % self.num_heads:
             raise LayerError(f"width {self.width} is no multiple of num_heads {self.num_heads}: choose another")
-        if not self.labels or len(set(self.labels)) < len(self.labels):
-            raise LayerError(f"labels {self.labels} are none, or one of them twice: name each class")
-        if self.head == "question_answering" and len(self.labels) != 2:
-            raise LayerError(
-                f"labels {self.labels}: question_answering scores the start and the end of an answer, so that it has 2"
-            )
-        if self.problem_type not in (None, *PROBLEMS):
-            raise LayerError(f"problem_type {self.problem_type!r} is unknown: choose one of {', '.join(PROBLEMS)}")
 
     @property
     def classes(self) -> int:
@@ -172,18 +164,9 @@ class XLNetConfig:
     def from_published(cls, fields: Mapping[str, Any]) -> "XLNetConfig":
         """From the config.json of an XLNet; raises PublishedError for one that this module cannot be."""
         require(fields, "XLNet", bi_data=False, same_length=False, untie_r=True, tie_word_embeddings=True)
-        classes = {published: head for head, published in HEADS.items()}
-        architectures = fields.get("architectures")
-        if not isinstance(architectures, list) or len(architectures) != 1 or architectures[0] not in classes:
-            raise PublishedError(
-                f"config.json has architectures {architectures!r}, and an XLNet here is one of {', '.join(classes)}"
-            )
-        head, names = classes[architectures[0]], labels(fields, "XLNet")
-        if head == "question_answering" and len(names) != 2:
-            raise PublishedError(f"config.json has {len(names)} labels, and an XLNet that answers questions has 2")
-        if head in SUMMARISED:
-            summary = {"summary_type": "last", "summary_use_proj": True, "summary_activation": "tanh"}
-            require(fields, f"{HEADS[head]}", **summary)
+        found = head(fields, "XLNet", HEADS)
+        if found in SUMMARISED:
+            require(fields, HEADS[found], summary_type="last", summary_use_proj=True, summary_activation="tanh")
         kinds = {published: ours for ours, published in ATTENTION.items()}
         attention = fields.get("attn_type", "bi")
         if attention not in kinds:
@@ -200,14 +183,13 @@ class XLNetConfig:
             width=width,
             num_heads=num_heads,
             mlp_width=size(fields, "d_inner"),
-            head=head,
+            head=found,
             attention=kinds[attention],
             memory_length=size(fields, "mem_len", optional=True),
             reuse_length=size(fields, "reuse_len", optional=True),
             remembers=flag(fields, "use_mems_eval", True),
             longest_distance=None if clamp == -1 else size(fields, "clamp_len"),
-            labels=names,
-            problem_type=problem(fields),
+            **read_labels(fields, "XLNet", found),
             activation=activation(fields, "ff_activation", "gelu"),
             norm_epsilon=number(fields, "layer_norm_eps", 1e-12),
             dropout=number(fields, "dropout", 0.1),
@@ -242,9 +224,7 @@ class XLNetConfig:
             "summary_last_dropout": self.summary_dropout,
             "tie_word_embeddings": True,
         }
-        if self.problem_type is not None:
-            fields["problem_type"] = self.problem_type
-        return fields | published_labels(self.labels) | self.special_tokens.to_published()
+        return fields | published_labels(self) | self.special_tokens.to_published()
 
     def published_layout(self) -> Layout:
         return _layout(self.head)
@@ -440,9 +420,7 @@ class XLNet(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden [..., D] to [..., V padded to a multiple of 128] float32, -inf at the entries that only pad."""
-        logits = self.embed.attend(hidden) + self._check_words()
-        leading = ("act_batch", *("act_length",) * (logits.ndim - 2))[: logits.ndim - 1]
-        return constrain(logits, *leading, "act_vocab")
+        return self.embed.attend(hidden) + self._check_words()
 
     def head(self) -> Head:
         """What `logits` scores with: the embedding's table [D, V padded] and a bias."""
