@@ -1,13 +1,14 @@
 """Chat templates of published folders: Jinja text that turns messages into the text that a model was trained on.
 
 They come from whoever published the model, so they run in Jinja's sandbox, over plain JSON values: a template reads
-what it is given, changes none of it, and reaches no Python. What it makes by repeating is bounded; loops within loops,
-wide formats, and texts that double in a loop can still take long and much memory.
+what it is given, changes none of it, and reaches no Python. What it makes by repeating or padding is bounded; loops
+within loops, and texts that double in a loop, can still take long and much memory.
 """
 
 import datetime
 import functools
 import json
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,12 @@ from zoo.published_folder import PretrainedError
 
 LONGEST = 1_000_000
 """Of what a template may make by repeating; Jinja's own limit to range is a tenth of it."""
+
+WIDE = re.compile(r"%[^a-zA-Z%]*(\d{4}|\*)|\{[^{}]*:[^{}]*(\d{4}|\{)")
+"""In a text that formats: a width, or a precision, of four digits or one that is filled in."""
+
+DEEPEST = 64
+"""Blanks that a filter may indent by."""
 
 
 def render(template: str, variables: Mapping[str, Any], where: str) -> str:
@@ -78,9 +85,11 @@ def environment() -> Any:
             super().__setitem__(name, value)
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset({"*", "**"})
+        intercepted_binops = frozenset({"*", "**", "%"})
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "%":
+                check_narrow(left)
             times = [value for value in (left, right) if isinstance(value, int)]
             repeated = [len(value) for value in (left, right) if isinstance(value, str | list | tuple)]
             if (operator == "**" and abs(right) > 64) or (repeated and times and repeated[0] * times[0] > LONGEST):
@@ -88,15 +97,26 @@ def environment() -> Any:
             return super().call_binop(context, operator, left, right)
 
         def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-            padding = isinstance(obj, str) and attr in ("center", "ljust", "rjust", "zfill")
+            padding = isinstance(obj, str) and attr in ("center", "ljust", "rjust", "zfill", "expandtabs")
             return not padding and super().is_safe_attribute(obj, attr, value)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            made = super().wrap_str_format(value)
+            if made is not None:
+                check_narrow(value.__self__)
+            return made
 
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
     made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
-    made.filters["tojson"] = to_json
+    made.filters |= {
+        "tojson": to_json,
+        "indent": functools.partial(indented, made.filters["indent"]),
+        "format": functools.partial(formatted, made.filters["format"]),
+    }
     del made.filters["center"]  # Pads to any width; no published template is known to.
+    del made.globals["lipsum"]  # Writes as much as it is told.
     made.globals |= {
         "raise_exception": raise_exception,
         "strftime_now": strftime_now,
@@ -120,4 +140,29 @@ def to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     """Jinja's own filter writes for HTML, with &, < and > escaped."""
+    check_depth(indent)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def indented(indent: Any, text: str, width: Any = 4, *rest: Any, **options: Any) -> str:
+    check_depth(width)
+    return indent(text, width, *rest, **options)
+
+
+def formatted(fill_in: Any, text: Any, *values: Any, **named: Any) -> str:
+    check_narrow(text)
+    return fill_in(text, *values, **named)
+
+
+def check_depth(width: Any) -> None:
+    import jinja2
+
+    if (width if isinstance(width, int) else len(width or "")) > DEEPEST:
+        raise jinja2.exceptions.SecurityError(f"an indent of more than {DEEPEST}")
+
+
+def check_narrow(text: Any) -> None:
+    import jinja2
+
+    if isinstance(text, str) and WIDE.search(text):
+        raise jinja2.exceptions.SecurityError("a format of any width")

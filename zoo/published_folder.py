@@ -78,6 +78,8 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
                 f"{folder} has its weights in {pickles[0]} alone, a pickle, which can run any code when it is read: "
                 f"load it where you trust it, and write safetensors with save_pretrained"
             )
+        if (folder / "flax_model.msgpack").exists():
+            raise PretrainedError(f"{folder} has its weights in flax_model.msgpack: `zoo convert` writes safetensors")
         raise PretrainedError(f"{folder} has neither {weights} nor {index}: there are no weights to read")
     named = read_json(folder / index).get("weight_map")
     if not isinstance(named, dict) or not named:
@@ -103,7 +105,7 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise PretrainedError(f"{path} is not there: a published model's folder holds one") from None
-    except ValueError as problem:
+    except (ValueError, RecursionError) as problem:
         raise PretrainedError(f"{path} is no JSON ({problem}): fetch it again") from None
     if not isinstance(fields, dict):
         raise PretrainedError(f"{path} holds no object but a {type(fields).__name__}: fetch it again")
@@ -155,7 +157,10 @@ class Writer:
     until the last is whole, and config.json, without which there is no model, at the very end."""
 
     def __init__(self, folder: Path, shard_bytes: int, stem: str = "model"):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise PretrainedError(f"{folder} is, or lies below, a file: name a folder") from None
         self.folder, self.shard_bytes, self.stem = folder, shard_bytes, stem
         self.pending: dict[str, np.ndarray] = {}
         self.files: list[tuple[Path, list[str]]] = []

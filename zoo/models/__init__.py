@@ -52,7 +52,7 @@ def published_config(fields: Mapping[str, Any]) -> Any:
 
     field = "_class_name" if "_class_name" in fields else "model_type"
     kind = fields.get(field)
-    if kind not in PUBLISHED:
+    if not isinstance(kind, str) or kind not in PUBLISHED:
         raise PublishedError(f"config.json has {field} {kind!r}, and published models here are {', '.join(PUBLISHED)}")
     family, config = PUBLISHED[kind]
     return getattr(importlib.import_module(f"{__name__}.{family}"), config).from_published(fields)
