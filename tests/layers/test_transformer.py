@@ -204,6 +204,7 @@ def test_a_context_made_once_is_the_context() -> None:
         np.testing.assert_allclose(made, given, atol=1e-5)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("period", [1, 2])
 def test_an_unstacked_stack_gives_what_the_stack_gives(period) -> None:
     stack = make_stack(period=period, cross=True, dropout=0.2)

@@ -137,6 +137,7 @@ def test_scores_of_masked_words_alone() -> None:
     np.testing.assert_allclose(some[..., :200], out.logits[:, 3:5], atol=1e-5)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "classifier_dropout"])
 def test_each_dropout_is_by_key(rate) -> None:
     rates = {"dropout": 0.0, "attention_dropout": 0.0, "classifier_dropout": 0.0} | {rate: 0.3}

@@ -53,6 +53,7 @@ def test_flops_are_those_of_the_head() -> None:
     assert lm - none == 2 * 16 * 32 * 200 and classes - none == 2 * 32 * 4
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("kind", TINY)
 def test_classes_are_scored_from_the_last_real_token(kind) -> None:
     model = with_head(kind, "sequence_classification").build(nnx.Rngs(0))

@@ -134,6 +134,7 @@ def test_flops_are_those_of_kernels_and_scores() -> None:
     assert TINY.forward_flops((10,)) == TINY.forward_flops((10, 10))
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("config", [TINY, dataclasses.replace(TINY, tied=True, scaled=True, gated=False)])
 def test_cached_decoding_equals_one_pass_for_prompts_and_sources_of_any_length(config) -> None:
     model = lively(config)

@@ -136,6 +136,7 @@ def test_packed_texts_see_their_own_source_alone() -> None:
     np.testing.assert_allclose(packed[:, 6:], logits_of(model, SOURCES[1:2, :7], TOKENS[1:2, :3]), atol=1e-5)
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_cached_decoding_equals_one_pass_for_prompts_and_sources_of_any_length(positions) -> None:
     model = lively(dataclasses.replace(TINY, positions=positions))
@@ -183,6 +184,7 @@ def test_logits_are_those_of_head_and_hidden() -> None:
     assert np.isneginf(model.logits(hidden)[..., 200:]).all()
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("rate", ["dropout", "attention_dropout", "mlp_dropout"])
 def test_each_dropout_is_by_key(rate) -> None:
     model = lively(dataclasses.replace(TINY, **{rate: 0.3}))
@@ -253,6 +255,7 @@ def test_beams_are_the_same_on_a_mesh() -> None:
 RULED = dataclasses.replace(TINY, special_tokens=SpecialTokens(eos=(2,), pad=0, start=1, first=7, last=2, banned=(9,)))
 
 
+@pytest.mark.numbers
 def test_tokens_are_forced_and_banned() -> None:
     model, sources = lively(RULED), SOURCES[:2].tolist()
     drawn = generate(model, sources=sources, max_new_tokens=6, temperature=5.0, key=jax.random.key(0))

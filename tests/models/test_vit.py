@@ -116,6 +116,7 @@ def test_initialisation_is_as_published() -> None:
     assert (model.stack.blocks[0].attention_scale.scale[...] == 0.5).all()
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("pool", POOLS)
 def test_classes_are_scored_from_what_is_pooled(pool) -> None:
     model = lively(dataclasses.replace(TINY, pool=pool, registers=2))

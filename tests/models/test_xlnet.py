@@ -201,6 +201,7 @@ def test_generation_sees_what_the_full_pass_sees(attention, remembers) -> None:
         last, cache = features.hidden[:, 0], features.cache
 
 
+@pytest.mark.numbers
 @pytest.mark.parametrize("memory_length", [None, 4])
 def test_rows_of_different_length_continue_as_each_alone(memory_length) -> None:
     model = lively(dataclasses.replace(TINY, memory_length=memory_length))
