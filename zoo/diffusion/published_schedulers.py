@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from zoo.diffusion.samplers import DDIM, DDPM, PLMS, Chain, DPMSolver, Euler, Method
+from zoo.diffusion.samplers import DDIM, DDPM, PLMS, DPMSolver, Euler, Method
 from zoo.models.noising import Noising
 from zoo.models.published import PublishedError
 
@@ -108,6 +108,8 @@ _ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
     ("DPMSolverMultistepScheduler", "variance_type"): (None,),
     ("FlowMatchEulerDiscreteScheduler", "use_karras_sigmas"): (False,),
     ("PNDMScheduler", "prediction_type"): ("epsilon", "v_prediction"),
+    # It goes its first step twice; elsewhere the second time begins at a time that it has not been at.
+    ("PNDMScheduler", "timestep_spacing"): ("leading",),
 }
 
 
@@ -192,11 +194,11 @@ def _method(name: str, fields: Mapping[str, Any], noising: Noising) -> Method:
                 f"scheduler_config.json has variance_type 'fixed_large' with timestep_spacing {common['spacing']!r} "
                 f"and steps_offset {common['offset']}: the last step would add noise, as none here does"
             )
-        return DDPM(large_variance=large, clip=clip, fixed_stride=True, **common)
+        return DDPM(large_variance=large, clip=clip, **common)
     if name == "DDIMScheduler":
         return DDIM(to_image=fields["set_alpha_to_one"], clip=clip, fixed_stride=True, **common)
     if name == "PNDMScheduler":
-        return PLMS(to_image=fields["set_alpha_to_one"], fixed_stride=True, **common)
+        return PLMS(to_image=fields["set_alpha_to_one"], **common)
     common |= {"to_image": fields["final_sigmas_type"] == "zero", "karras": fields["use_karras_sigmas"]}
     if name == "EulerDiscreteScheduler":
         return Euler(**common)
@@ -225,8 +227,8 @@ def _class_of(noising: Noising, method: Method) -> str:
         classes = {Euler: "FlowMatchEulerDiscreteScheduler"}
     if type(method) not in classes:
         raise PublishedError(f"{method} on the schedule {noising.schedule!r} has no published form: choose euler there")
-    if isinstance(method, Chain) and not method.fixed_stride:
-        raise PublishedError(f"{method} has no published form: diffusers' steps have fixed_stride=True")
+    if isinstance(method, DDIM) and not method.fixed_stride:
+        raise PublishedError(f"{method} has no published form: diffusers' DDIM has fixed_stride=True")
     return classes[type(method)]
 
 

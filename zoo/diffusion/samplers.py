@@ -59,31 +59,17 @@ class Method(ABC):
         """
         return self.table(self.path(schedule, steps).tail(strength))
 
-    @abstractmethod
-    def path(self, schedule: Schedule, steps: int) -> Path: ...
+    def path(self, schedule: Schedule, steps: int) -> Path:
+        """The way that `table` is for: between whole times, unless a method has another."""
+        times = np.round(spaced(schedule, steps, self.spacing, self.offset))
+        return along(schedule, times, to_image=self.to_image)
 
     @abstractmethod
     def table(self, path: Path) -> Sampler: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class Chain(Method):
-    """Methods that step between whole times of a schedule.
-
-    fixed_stride: each step goes timesteps // steps down, wherever the next one begins (as diffusers has it; it differs
-        where the spacing is uneven); else to where the next one begins.
-    """
-
-    fixed_stride: bool = False
-
-    def path(self, schedule: Schedule, steps: int) -> Path:
-        times = np.round(spaced(schedule, steps, self.spacing, self.offset))
-        stride = schedule.timesteps // steps if self.fixed_stride else None
-        return along(schedule, times, to_image=self.to_image, stride=stride)
-
-
-@dataclass(frozen=True, kw_only=True)
-class DDPM(Chain):
+class DDPM(Method):
     """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
     large_variance: fresh noise has the step's own variance, the choice that is right for images ~ N(0, 1), instead of
@@ -100,15 +86,26 @@ class DDPM(Chain):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM(Chain):
-    """Song et al. 2021, equations 12 and 16. eta: 0 adds no noise, 1 as much as ancestral sampling."""
+class DDIM(Method):
+    """Song et al. 2021, equations 12 and 16.
+
+    eta: 0 adds no noise, 1 as much as ancestral sampling.
+    fixed_stride: each step goes timesteps // steps down, wherever the next one begins (as diffusers has it; it differs
+        where the spacing is uneven); else to where the next one begins.
+    """
 
     eta: float = 0.0
     clip: float | None = 1.0
+    fixed_stride: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
             raise ScheduleError(f"eta {self.eta} is not a share of ancestral sampling's noise: choose from 0 to 1")
+
+    def path(self, schedule: Schedule, steps: int) -> Path:
+        times = np.round(spaced(schedule, steps, self.spacing, self.offset))
+        stride = schedule.timesteps // steps if self.fixed_stride else None
+        return along(schedule, times, to_image=self.to_image, stride=stride)
 
     def table(self, path: Path) -> Sampler:
         variance = self.eta**2 * posterior(path).variance
@@ -148,7 +145,11 @@ class Euler(Method):
     def _straight(self, schedule: Flow, times: np.ndarray) -> Path:
         if self.karras:
             raise ScheduleError("Karras' steps are of sigma / signal, which 'flow' has no bound of: leave karras off")
-        share = shifted(times / schedule.timesteps, self.shift)
+        share = times / schedule.timesteps
+        if self.spacing == "linspace":
+            # As published: the last time before the end is a shifted one already.
+            share = np.linspace(1.0, shifted(share[-1:], self.shift)[0], len(share))
+        share = shifted(share, self.shift)
         return along(schedule, share * schedule.timesteps, to_image=self.to_image)
 
     def table(self, path: Path) -> Sampler:
@@ -234,7 +235,7 @@ class DPMSolver(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PLMS(Chain):
+class PLMS(Method):
     """Pseudo linear multistep sampling (Liu et al. 2022, arXiv 2202.09778, section 3.3), begun by a step of order 2.
 
     The noise of a DDIM step is extrapolated from up to four predictions (Adams and Bashforth). The first step is gone
