@@ -37,6 +37,18 @@ def test_eight_devices_draw_what_one_draws(name) -> None:
     np.testing.assert_allclose(np.asarray(found), expected, atol=2e-6)
 
 
+def test_eight_devices_guide_and_keep_as_one_does() -> None:
+    def draw(key: jax.Array) -> jax.Array:
+        mask = jnp.zeros((8, 4, 4, 1)).at[:, :2].set(1)
+        denoise = guided(conditional, GIVEN / 8, BLANK, scale=2.0, rescale=0.5)
+        return sample(denoise, DDIM().sampler(SCHEDULE, 3), SHAPE, key, image=IMAGE, mask=mask)
+
+    expected = np.asarray(jax.jit(draw)(jax.random.key(4)))
+    with use(make_mesh("data=4,fsdp=2")):
+        found = np.asarray(jax.jit(lambda key: draw(key))(jax.random.key(4)))
+    np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
 def test_a_sampler_compiles_to_one_loop() -> None:
     schedule = schedules.make(Noising("cosine"))
     sampler, denoise = DDPM().sampler(schedule, 1000), mixture(schedule, [0.0], 0.5)

@@ -9,16 +9,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from zoo.diffusion.paths import (
-    Path,
-    along,
-    between,
-    karras,
-    posterior,
-    shifted,
-    spaced,
-    times_of,
-)
+from zoo.diffusion.paths import Path, along, between, karras, posterior, shifted, spaced, times_of
 from zoo.diffusion.schedules import Flow, Schedule, ScheduleError, from_ratio, ratios
 
 
@@ -205,7 +196,8 @@ class DPMSolver(Method):
         gain = path.end.signal - falls * path.begin.signal
         images = np.zeros((path.steps, 3))
         for i in range(path.steps):
-            order = self._order(i, path)
+            # A step of no length, which Karras' last is where the way does not end at the image, has no derivatives.
+            order = self._order(i, path) if h[i] else 1
             # The derivatives of the image in lambda / h, by its values at this and earlier steps.
             first, second = np.zeros(3), np.zeros(3)
             if order > 1:
@@ -251,31 +243,25 @@ class PLMS(Method):
     def table(self, path: Path) -> Sampler:
         evaluations = path.steps + 1 if path.steps > 1 else 1
         mix = np.zeros((evaluations, 5))
-        beginning = (
-            [1],
-            [1 / 2, 1 / 2],
-            [3 / 2, 0, -1 / 2],
-            [23 / 12, -16 / 12, 0, 5 / 12],
-            [55 / 24, -59 / 24, 37 / 24, 0, -9 / 24],
-        )
-        for i in range(evaluations):
-            weights = beginning[i] if i < len(beginning) else [55 / 24, -59 / 24, 37 / 24, -9 / 24]
-            mix[i, : len(weights)] = weights
+        # Evaluation 1 is left out once it has served.
+        mix[:5] = np.array(
+            [[24, 0, 0, 0, 0], [12, 12, 0, 0, 0], [36, 0, -12, 0, 0], [46, -32, 0, 10, 0], [55, -59, 37, 0, -9]]
+        )[:evaluations]
+        mix[5:, :4] = [55, -59, 37, -9]
         # Evaluation 1 looks at the end of step 0, and goes that step again from where it began.
         step = np.maximum(np.arange(evaluations) - 1, 0)
         seen = np.maximum(step, np.minimum(np.arange(evaluations), 1))
-        begin, end, convert = path.take(step).begin, path.take(step).end, path.take(step).convert
-        if not begin.signal.all():
+        going = path.take(step)
+        if not going.begin.signal.all():
             raise ScheduleError("PLMS cannot begin where nothing of the image is left: choose ddim, or another spacing")
-        falls = end.signal / begin.signal
-        of_noise = end.sigma - falls * begin.sigma
-        x = falls + of_noise * convert.noise_x
-        xs = np.stack([x, np.zeros_like(x)], 1)
+        falls = going.end.signal / going.begin.signal
+        of_noise = going.end.sigma - falls * going.begin.sigma
+        xs = np.zeros((evaluations, 2))
+        xs[:, 0] = falls + of_noise * going.convert.noise_x
         if evaluations > 1:
             xs[1] = xs[1, ::-1]
-        looking = path.take(seen)
-        looking = replace(looking, end=end)
-        return _sampler(looking, xs=xs, predictions=(of_noise * convert.noise_p)[:, None] * mix)
+        mixed = (of_noise * going.convert.noise_p)[:, None] * mix / 24
+        return _sampler(replace(path.take(seen), end=going.end), xs=xs, predictions=mixed)
 
 
 METHODS: dict[str, Method] = {
