@@ -60,18 +60,6 @@ def sample(
     return keep(x, jnp.float32(1), jnp.float32(0))
 
 
-class _Row(NamedTuple):
-    """What one step of the scan is told: numbers [], and weights [lags]."""
-
-    step: Any
-    time: Any
-    image: Any
-    noise: Any
-    weights: Any
-    fresh: Any
-    end: Any
-
-
 def walk(
     denoise: Denoiser,
     sampler: Sampler,
@@ -151,6 +139,18 @@ def guided(
         return mixed
 
     return guide
+
+
+class _Row(NamedTuple):
+    """What one step of the scan is told: numbers [], and weights [lags]."""
+
+    step: Any
+    time: Any
+    image: Any
+    noise: Any
+    weights: Any
+    fresh: Any
+    end: Any
 
 
 def _rows(sampler: Sampler) -> _Row:
