@@ -3,17 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from zoo.diffusion import schedules
-from zoo.diffusion.losses import noise_prediction
+from zoo.diffusion.losses import denoising
 from zoo.kernels import linear_cross_entropy
 from zoo.layers.linear import Head
 from zoo.sharding import constrain
-from zoo.train.experiment import Batch, Loss
+from zoo.train.experiment import Batch, Loss, UserError
 
 
 @dataclass(frozen=True)
@@ -167,30 +167,77 @@ def word_figures(total: float, weight: float, metrics: Mapping[str, float]) -> d
 
 
 @dataclass(frozen=True)
-class NoisePrediction:
-    """Mean squared error of the noise in images at random times (Ho et al. 2020), over batches of images, weights [B].
+class Denoising:
+    """Mean squared error of what a denoising network predicts at random times, over batches of images, weights [B].
 
-    The noise is the model's: `model.config.noising`.
+    The noise and the target are the model's: `model.config.noising`. A model of classes (`num_classes` in its config)
+    is given those of `labels` [B] as well.
+    weighting, gamma: "simple", or "min_snr" (Hang et al. 2023), see zoo.diffusion.losses.weights.
+    times: "uniform", or on the schedule "flow" also "logit_normal", of Esser et al. 2024.
+    class_dropout: share of images that come as of no class, for guidance (Ho and Salimans 2022).
     """
+
+    weighting: Literal["simple", "min_snr"] = "simple"
+    gamma: float = 5.0
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    class_dropout: float = 0.0
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         schedule = schedules.make(model.config.noising)
         images, weights = batch["images"], batch["weights"]
+        classes = getattr(model.config, "num_classes", None)
+        self._check(model.config, schedule, classes)
         rows = images.shape[0]
         if key is None:
-            # The same times and noise at every evaluation: losses differ by the model alone.
-            noise_key, dropout_key = jax.random.key(0), None
-            times = spread_times(rows, schedule.timesteps)
+            # The same times and noise at every evaluation, and plain errors: losses differ by the model alone.
+            noise_key, drop_key, dropout_key, weighting = jax.random.key(0), None, None, "simple"
+            times = spread_times(rows, schedule.timesteps) + schedule.least_time
         else:
-            time_key, noise_key, dropout_key = jax.random.split(key, 3)
-            times = jax.random.randint(time_key, (rows,), 0, schedule.timesteps)
-        noise = jax.random.normal(noise_key, images.shape)
-        losses = noise_prediction(lambda x, t: model(x, t, key=dropout_key), schedule, images, times, noise)
+            time_key, noise_key, drop_key, dropout_key = jax.random.split(key, 4)
+            times, weighting = self._times(schedule, rows, time_key), self.weighting
+        given = {}
+        if classes is not None:
+            given["classes"] = batch["labels"]
+            if drop_key is not None and self.class_dropout:
+                drops = jax.random.bernoulli(drop_key, self.class_dropout, (rows,))
+                given["classes"] = jnp.where(drops, classes, batch["labels"])
+        losses = denoising(
+            lambda x, t: model(x, t, key=dropout_key, **given),
+            schedule,
+            images,
+            times,
+            jax.random.normal(noise_key, images.shape),
+            weighting=weighting,
+            gamma=self.gamma,
+        )
         return Loss(jnp.sum(weights * losses), jnp.sum(weights), {})
 
     def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
-        """loss: squared error of the predicted noise, a pixel and channel; 1 is that of predicting none."""
+        """loss: squared error of what is predicted, a pixel and channel, weighted in training alone.
+
+        Of noise, 1 is that of predicting none.
+        """
         return {"loss": total / max(weight, 1.0)}
+
+    def _times(self, schedule: schedules.Discrete | schedules.Flow, rows: int, key: jax.Array) -> jax.Array:
+        if isinstance(schedule, schedules.Discrete):
+            return jax.random.randint(key, (rows,), 0, schedule.timesteps)
+        if self.times == "logit_normal":
+            return schedule.timesteps * jax.nn.sigmoid(jax.random.normal(key, (rows,)))
+        return schedule.timesteps * jax.random.uniform(key, (rows,))
+
+    def _check(self, config: Any, schedule: schedules.Discrete | schedules.Flow, classes: int | None) -> None:
+        if not 0 <= self.class_dropout <= 1:
+            raise UserError(f"--objective.class-dropout {self.class_dropout} is not a share: choose from 0 to 1")
+        if self.class_dropout and (classes is None or not getattr(config, "null_class", False)):
+            raise UserError(
+                f"--objective.class-dropout {self.class_dropout} needs a row for no class: "
+                "set the model's num_classes and null_class, or leave it at 0"
+            )
+        if self.times == "logit_normal" and isinstance(schedule, schedules.Discrete):
+            raise UserError(
+                f"--objective.times logit_normal is of the noise schedule flow, not {config.noising.schedule}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Samplers: what a trained model shows at the end of a run, and again with `zoo sample`."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.diffusion import samplers, schedules
+from zoo.diffusion import schedules
+from zoo.diffusion.samplers import DDIM, METHODS, Sampler
+from zoo.diffusion.sampling import guided, sample
 from zoo.generation import Sampling, generate
 from zoo.sharding import constrain
 from zoo.train import pictures
@@ -193,25 +194,32 @@ def readable(tokens: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: Voc
 
 @dataclass(frozen=True)
 class ImageSampler:
-    """A grid of images from a noise predictor, as PNG.
+    """A grid of images from a denoising network, as PNG; of a model of classes, each in turn.
 
-    method: "ddpm" (ancestral) or "ddim". steps: network evaluations, evenly spaced in the schedule.
-    eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral). scale: pixels a side that one pixel is drawn with
-    (None: so many that the grid is about 640 wide).
+    method: see zoo.diffusion.samplers. steps: along the schedule; each is a network evaluation (plms has one more).
+    eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral). guidance: scale of classifier-free guidance towards
+    each image's class, 1 is none. scale: pixels a side that one pixel is drawn with (None: so many that the grid is
+    about 640 wide).
     """
 
     rows: int = 8
     columns: int = 8
-    method: Literal["ddim", "ddpm"] = "ddim"
+    method: Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"] = "ddim"
     steps: int = 100
     eta: float = 0.0
+    guidance: float = 1.0
     scale: int | None = None
 
     def check(self, model: Any, data: Any) -> None:
-        """`model`: a config with `noising`. Raises UserError."""
+        """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         timesteps = model.noising.timesteps
         if not 1 <= self.steps <= timesteps:
             raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
+        if self.guidance != 1.0 and not getattr(model, "null_class", False):
+            raise UserError(
+                f"--sampler.guidance {self.guidance} needs a model of classes with one for none: leave it at 1"
+            )
+        self._table(model)
         _check_grid(self.rows, self.columns, self.scale)
 
     def sample(
@@ -228,15 +236,24 @@ class ImageSampler:
     def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]."""
         self.check(model.config, None)
-        schedule = schedules.make(model.config.noising)
-        method = partial(samplers.ddim, eta=self.eta) if self.method == "ddim" else samplers.ddpm
+        table, count = self._table(model.config), self.rows * self.columns
+        classes = getattr(model.config, "num_classes", None)
 
         @jax.jit
         def images(model: Any, key: jax.Array) -> jax.Array:
-            drawn = method(model, schedule, (self.rows * self.columns, *shape), key, steps=self.steps)
+            denoise = model
+            if classes is not None:
+                given, blank = jnp.arange(count) % classes, jnp.full(count, classes)
+                denoise = guided(lambda x, t, c: model(x, t, classes=c), given, blank, scale=self.guidance)
+            drawn = sample(denoise, table, (count, *shape), key)
             return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
 
         return np.asarray(images(model, key))
+
+    def _table(self, config: Any) -> Sampler:
+        method = METHODS[self.method]
+        method = replace(method, eta=self.eta) if isinstance(method, DDIM) else method
+        return method.sampler(schedules.make(config.noising), self.steps)
 
 
 @dataclass(frozen=True)

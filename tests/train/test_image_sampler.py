@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from zoo.diffusion import schedules
+from zoo.diffusion.samplers import METHODS
 from zoo.models.noising import Noising
 from zoo.train.experiment import UserError
 from zoo.train.samplers import ImageSampler
@@ -21,8 +22,7 @@ class Points:
     config = SimpleNamespace(noising=Noising("cosine", 100))
 
     def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-        schedule = schedules.cosine(100)
-        signal, sigma = (jnp.sqrt(f(t))[:, None, None, None] for f in (schedule.alpha_bar, schedule.variance))
+        signal, sigma = map(schedules.over_images, schedules.make(self.config.noising).at(t))
         return (x - signal * 0.25) / sigma
 
     def tree_flatten(self) -> tuple:
@@ -33,7 +33,7 @@ class Points:
         return cls()
 
 
-@pytest.mark.parametrize("method", ["ddim", "ddpm"])
+@pytest.mark.parametrize("method", METHODS)
 def test_grid_of_samples_is_written(tmp_path, method) -> None:
     sampler = ImageSampler(rows=2, columns=3, method=method, steps=20, scale=2)
     path = sampler.sample(Points(), DATA, jax.random.key(0), tmp_path)
@@ -58,9 +58,33 @@ def test_draws_follow_the_key() -> None:
     assert one.shape == (2, 4, 4, 1) and abs(one).max() <= 1
 
 
+def test_classes_take_turns_and_guidance_leads_away_from_none() -> None:
+    class Classes(Points):
+        """Images of class c are all (c - 1) / 2, and those of no class 0."""
+
+        config = SimpleNamespace(noising=Noising("cosine", 100), num_classes=3, null_class=True)
+
+        def __call__(self, x: jax.Array, t: jax.Array, classes: jax.Array) -> jax.Array:
+            signal, sigma = map(schedules.over_images, schedules.make(self.config.noising).at(t))
+            values = schedules.over_images(jnp.array([-0.5, 0.0, 0.5, 0.0])[classes])
+            return (x - signal * values) / sigma
+
+    jax.tree_util.register_pytree_node_class(Classes)
+    for guidance in (1.0, 1.5):
+        drawn = ImageSampler(rows=2, columns=3, steps=20, guidance=guidance).draw(
+            Classes(), (4, 4, 1), jax.random.key(0)
+        )
+        expected = guidance * np.array([-0.5, 0, 0.5] * 2)
+        np.testing.assert_allclose(drawn, np.broadcast_to(expected[:, None, None, None], drawn.shape), atol=1e-3)
+
+
 def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
     with pytest.raises(UserError, match="101 sampling steps are not in the model's 1 to 100"):
         ImageSampler(steps=101).check(Points().config, DATA)
+    with pytest.raises(ValueError, match=r"eta -0.5 is not a share"):
+        ImageSampler(eta=-0.5).check(Points().config, DATA)
+    with pytest.raises(UserError, match=r"--sampler.guidance 3.0 needs a model of classes"):
+        ImageSampler(guidance=3.0).check(Points().config, DATA)
     with pytest.raises(UserError, match="a grid of 0 x 8 images is empty"):
         ImageSampler(rows=0).check(Points().config, DATA)
     with pytest.raises(UserError, match="a scale of -1 pixels"):

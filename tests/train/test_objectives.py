@@ -12,11 +12,12 @@ import pytest
 from zoo.diffusion import schedules
 from zoo.layers.linear import Head
 from zoo.models.noising import Noising
+from zoo.train.experiment import UserError
 from zoo.train.objectives import (
     Classification,
+    Denoising,
     MaskedLM,
     NextToken,
-    NoisePrediction,
     PermutationLM,
     SequenceToSequence,
     spread_times,
@@ -159,7 +160,7 @@ class Denoiser:
 
     def __call__(self, x: jax.Array, t: jax.Array, *, key: Any) -> jax.Array:
         self.times, self.key = np.asarray(t), key
-        sigma = jnp.sqrt(schedules.cosine(1000).variance(t))
+        sigma = schedules.make(self.config.noising).at(t).sigma
         return self.share * x / sigma[:, None, None, None]
 
 
@@ -168,8 +169,8 @@ def blank(rows: int) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("key", [None, jax.random.key(3)], ids=["evaluation", "training"])
-def test_noise_prediction_is_the_mean_square_of_what_is_missed(key) -> None:
-    objective, batch = NoisePrediction(), blank(256)
+def test_denoising_is_the_mean_square_of_what_is_missed(key) -> None:
+    objective, batch = Denoising(), blank(256)
     none, half, all_of_it = (objective.loss(Denoiser(share), batch, key) for share in (0.0, 0.5, 1.0))
     assert float(none.weight) == 256
     # 16384 squares of standard normals: mean 1, standard error 0.011.
@@ -178,25 +179,25 @@ def test_noise_prediction_is_the_mean_square_of_what_is_missed(key) -> None:
     assert float(all_of_it.total) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_noise_prediction_weighs_images() -> None:
+def test_denoising_weighs_images() -> None:
     batch = blank(6) | {"weights": jnp.array([1.0, 1, 0, 1, 0, 0])}
-    objective = NoisePrediction()
+    objective = Denoising()
     some, every = (objective.loss(Denoiser(0.0), b, None) for b in (batch, blank(6)))
     assert float(some.weight) == 3 and 0 < float(some.total) < float(every.total)
     poisoned = batch | {"images": batch["images"].at[2].set(7.0)}
     assert float(objective.loss(Denoiser(0.0), poisoned, None).total) == float(some.total)
 
 
-def test_noise_prediction_evaluates_with_the_same_noise_at_the_same_times() -> None:
-    objective, denoiser = NoisePrediction(), Denoiser(0.3)
+def test_denoising_evaluates_with_the_same_noise_at_the_same_times() -> None:
+    objective, denoiser = Denoising(), Denoiser(0.3)
     first = objective.loss(denoiser, blank(50), None)
     np.testing.assert_array_equal(denoiser.times, spread_times(50, 1000))
     assert denoiser.key is None
     assert float(objective.loss(denoiser, blank(50), None).total) == float(first.total)
 
 
-def test_noise_prediction_trains_at_random_times_with_fresh_noise() -> None:
-    objective, denoiser = NoisePrediction(), Denoiser(0.3)
+def test_denoising_trains_at_random_times_with_fresh_noise() -> None:
+    objective, denoiser = Denoising(), Denoiser(0.3)
     totals, times = set(), []
     for seed in range(4):
         totals.add(float(objective.loss(denoiser, blank(100), jax.random.key(seed)).total))
@@ -207,6 +208,63 @@ def test_noise_prediction_trains_at_random_times_with_fresh_noise() -> None:
     assert drawn.min() >= 0 and drawn.max() < 1000
     # 400 draws, uniform: mean 499.5, standard error 14.4.
     assert abs(drawn.mean() - 499.5) < 60 and len(set(drawn.tolist())) > 250
+
+
+class Labelled(Denoiser):
+    """Of three classes and one for none; keeps the classes that it was asked for."""
+
+    config = SimpleNamespace(noising=Noising("flow", target="velocity"), num_classes=3, null_class=True)
+
+    def __call__(self, x: jax.Array, t: jax.Array, *, classes: jax.Array, key: Any) -> jax.Array:
+        self.times, self.classes = np.asarray(t), np.asarray(classes)
+        return jnp.zeros_like(x)
+
+
+def test_denoising_gives_classes_and_drops_their_share() -> None:
+    denoiser, batch = Labelled(0.0), blank(1000) | {"labels": jnp.arange(1000) % 3}
+    objective = Denoising(class_dropout=0.2)
+    objective.loss(denoiser, batch, None)
+    np.testing.assert_array_equal(denoiser.classes, batch["labels"])
+    objective.loss(denoiser, batch, jax.random.key(0))
+    dropped = denoiser.classes == 3
+    # Four standard errors.
+    assert abs(dropped.mean() - 0.2) < 4 * 0.4 / np.sqrt(1000)
+    np.testing.assert_array_equal(denoiser.classes[~dropped], batch["labels"][~dropped])
+
+
+def test_denoising_on_the_straight_path_has_real_times() -> None:
+    denoiser, batch = Labelled(0.0), blank(2000) | {"labels": jnp.zeros(2000, int)}
+    for times, deviation in (("uniform", 12**-0.5), ("logit_normal", 0.2083)):
+        Denoising(times=times).loss(denoiser, batch, jax.random.key(1))
+        share = denoiser.times / 1000
+        assert share.min() > 0 and share.max() < 1
+        assert abs(share.mean() - 0.5) < 0.03 and share.std() == pytest.approx(deviation, rel=0.05)
+    Denoising().loss(denoiser, batch, None)
+    assert denoiser.times.min() == 1 and denoiser.times.max() == 1000
+
+
+def test_denoising_is_weighted_in_training_alone() -> None:
+    plain, weighted = Denoising(), Denoising(weighting="min_snr")
+    key = jax.random.key(0)
+    assert float(weighted.loss(Denoiser(0.0), blank(50), None).total) == pytest.approx(
+        float(plain.loss(Denoiser(0.0), blank(50), None).total)
+    )
+    assert float(weighted.loss(Denoiser(0.0), blank(50), key).total) < float(
+        plain.loss(Denoiser(0.0), blank(50), key).total
+    )
+
+
+@pytest.mark.parametrize(
+    ("objective", "model", "words"),
+    [
+        (Denoising(class_dropout=0.1), Denoiser(0.0), "class-dropout 0.1 needs a row for no class"),
+        (Denoising(class_dropout=1.5), Labelled(0.0), "class-dropout 1.5 is not a share"),
+        (Denoising(times="logit_normal"), Denoiser(0.0), "logit_normal is of the noise schedule flow, not cosine"),
+    ],
+)
+def test_denoising_refuses_what_does_not_fit(objective, model, words) -> None:
+    with pytest.raises(UserError, match=words):
+        objective.loss(model, blank(2) | {"labels": jnp.zeros(2, int)}, jax.random.key(0))
 
 
 class Certain:

@@ -3,11 +3,11 @@
 from zoo.models.unet import PRESETS, UNetConfig
 from zoo.train.data.images import ImageData
 from zoo.train.experiment import Experiment, Optimizer
-from zoo.train.objectives import NoisePrediction
+from zoo.train.objectives import Denoising
 from zoo.train.samplers import ImageSampler
 
 
-def ddpm_digits() -> Experiment[UNetConfig, ImageData, NoisePrediction, ImageSampler]:
+def ddpm_digits() -> Experiment[UNetConfig, ImageData, Denoising, ImageSampler]:
     """A DDPM U-Net on scikit-learn's digits: three minutes on two CPU cores, ends in a grid of samples.
 
     Command:  zoo train ddpm-digits
@@ -18,7 +18,7 @@ def ddpm_digits() -> Experiment[UNetConfig, ImageData, NoisePrediction, ImageSam
         name="ddpm-digits",
         model=PRESETS["ddpm-digits"],
         data=ImageData(source="digits"),
-        objective=NoisePrediction(),
+        objective=Denoising(),
         sampler=ImageSampler(),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, b2=0.99, weight_decay=0.01),
         steps=1000,

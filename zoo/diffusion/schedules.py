@@ -1,13 +1,14 @@
-"""Noise schedules of discrete-time diffusion (Ho et al. 2020), as tables over t = 0 .. T - 1 and functions of them.
+"""What a network was trained under: how much image and noise there is at each time, and what it predicts of them.
 
-x_0 is an image in [-1, 1], x_t = signal(t) x_0 + sigma(t) noise with signal^2 + sigma^2 = 1. Time counts from 0: t = 0
-is the least noisy step (the paper's t = 1), and t = -1 stands for the image itself.
+Everything is in terms of x = signal * image + sigma * noise, with images in [-1, 1] and standard normal noise.
+`Discrete` schedules are tables over t = 0 .. T - 1, 0 the least noisy (the paper's t = 1), with signal^2 + sigma^2 = 1.
+`Flow` is the straight path of flow matching: signal = 1 - s and sigma = s, told to the network as s * timesteps.
+Tables are made in float64 on the host, and then rounded.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,94 +16,206 @@ import numpy as np
 
 from zoo.models.noising import Noising
 
+Array = Any
+"""A np.ndarray of float64 on the host, or a jax.Array of float32: the same formulas serve both."""
 
-@dataclass(frozen=True, eq=False)
-class Schedule:
-    """betas [T], float64: the variance that step t adds. Tables are made in float64 on the host, and then rounded."""
+LEAST_SIGNAL = 2.0**-12
+"""What counts in sigma / signal takes for no signal: the ratio must be finite."""
 
-    betas: np.ndarray
-
-    @property
-    def timesteps(self) -> int:
-        return len(self.betas)
-
-    @cached_property
-    def alpha_bars(self) -> np.ndarray:
-        """signal^2 [T], float64: the product of 1 - beta up to t (Ho et al., equation 4)."""
-        return np.cumprod(1.0 - self.betas)
-
-    def alpha_bar(self, t: jax.Array) -> jax.Array:
-        """signal^2 at t [...], float32; 1 at t = -1."""
-        table = jnp.asarray(np.append(self.alpha_bars, 1.0), jnp.float32)
-        return table[t]
-
-    def variance(self, t: jax.Array) -> jax.Array:
-        """sigma^2 = 1 - alpha_bar at t [...], float32, without the cancellation where there is little noise."""
-        table = jnp.asarray(np.append(1.0 - self.alpha_bars, 0.0), jnp.float32)
-        return table[t]
+TARGETS = ("noise", "image", "velocity")
 
 
 class ScheduleError(ValueError):
     """A schedule, or a run of steps through one, that there is not; the message names the value and the mend."""
 
 
-def linear(timesteps: int = 1000, *, first: float = 1e-4, last: float = 0.02) -> Schedule:
-    """Betas from `first` to `last` in even steps (Ho et al., section 4), made for 1000 of them."""
-    return Schedule(np.linspace(first, last, timesteps))
+class Levels(NamedTuple):
+    """How much image and noise there is in x: arrays of one shape."""
+
+    signal: Array
+    sigma: Array
 
 
-def cosine(timesteps: int = 1000, *, offset: float = 0.008, largest: float = 0.999) -> Schedule:
-    """alpha_bar falls as cos^2 of time (Nichol and Dhariwal 2021, equation 17); no beta exceeds `largest`."""
+class Schedule(Protocol):
+    """Levels as functions of the time that the network is told."""
+
+    @property
+    def timesteps(self) -> int: ...
+
+    @property
+    def least_time(self) -> int:
+        """The least noisy time that there is training at; below it is the image itself."""
+        ...
+
+    @property
+    def target(self) -> str: ...
+
+    def levels(self, times: np.ndarray) -> Levels:
+        """At times [...] on the host, float64."""
+        ...
+
+    def at(self, times: jax.Array) -> Levels:
+        """At times [...] of a batch, float32."""
+        ...
+
+    def direction(self, levels: Levels) -> Levels:
+        """(dsignal, dsigma) of the velocity dsignal * image + dsigma * noise, with signal dsigma - sigma dsignal = 1.
+
+        The unit determinant makes image and noise of x and the velocity without a division: see `conversion`.
+        """
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Discrete:
+    """A variance-preserving chain (Ho et al. 2020). alpha_bars [T], float64: signal^2 (equation 4), falling."""
+
+    alpha_bars: np.ndarray
+    target: str = "noise"
+    least_time: int = 0
+
+    @property
+    def timesteps(self) -> int:
+        return len(self.alpha_bars)
+
+    def levels(self, times: np.ndarray) -> Levels:
+        """Between whole times sigma / signal is linear in time."""
+        table = Levels(np.sqrt(self.alpha_bars), np.sqrt(1.0 - self.alpha_bars))
+        whole = np.asarray(times).astype(int)
+        if (whole == times).all():
+            return Levels(table.signal[whole], table.sigma[whole])
+        return from_ratio(np.interp(times, np.arange(self.timesteps), ratios(table)))
+
+    def at(self, times: jax.Array) -> Levels:
+        table = self.levels(np.arange(self.timesteps))
+        if not jnp.issubdtype(times.dtype, jnp.integer):
+            return from_ratio(jnp.interp(times, jnp.arange(self.timesteps), jnp.asarray(ratios(table), jnp.float32)))
+        return Levels(*(jnp.asarray(values, jnp.float32)[times] for values in table))
+
+    def direction(self, levels: Levels) -> Levels:
+        """The v of Salimans and Ho 2022: a quarter turn from x."""
+        return Levels(-levels.sigma, levels.signal)
+
+
+@dataclass(frozen=True, eq=False)
+class Flow:
+    """The straight path from image to noise (Lipman et al. 2023; Liu et al. 2023), at times 0 .. timesteps."""
+
+    timesteps: int = 1000
+    target: str = "velocity"
+    least_time: int = 1
+
+    def levels(self, times: np.ndarray) -> Levels:
+        share = np.asarray(times, np.float64) / self.timesteps
+        return Levels(1.0 - share, share)
+
+    def at(self, times: jax.Array) -> Levels:
+        share = times.astype(jnp.float32) / self.timesteps
+        return Levels(1.0 - share, share)
+
+    def direction(self, levels: Levels) -> Levels:
+        """noise - image, the same all the way."""
+        return Levels(0.0 * levels.signal - 1.0, 0.0 * levels.sigma + 1.0)
+
+
+def ratios(levels: Levels) -> np.ndarray:
+    """sigma / signal on the host, finite."""
+    return levels.sigma / np.maximum(levels.signal, LEAST_SIGNAL)
+
+
+def from_ratio(ratio: Array) -> Levels:
+    """Levels with signal^2 + sigma^2 = 1 from sigma / signal."""
+    signal = (1.0 + ratio**2) ** -0.5
+    return Levels(signal, ratio * signal)
+
+
+def linear(timesteps: int, first: float, last: float) -> np.ndarray:
+    """Betas [T] from `first` to `last` in even steps (Ho et al., section 4), made for 1000 of them."""
+    return np.linspace(first, last, timesteps)
+
+
+def scaled_linear(timesteps: int, first: float, last: float) -> np.ndarray:
+    """Betas [T] whose square roots go in even steps: Stable Diffusion's, from 0.00085 to 0.012."""
+    return np.linspace(np.sqrt(first), np.sqrt(last), timesteps) ** 2
+
+
+def sigmoid(timesteps: int, first: float, last: float) -> np.ndarray:
+    """Betas [T] along a logistic curve from -6 to 6 (Xu et al. 2022, GeoDiff)."""
+    return first + (last - first) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, timesteps)))
+
+
+def cosine(timesteps: int, first: float, last: float) -> np.ndarray:
+    """Betas [T] with alpha_bar a cos^2 of time (Nichol and Dhariwal 2021, equation 17), at most 0.999; no ends."""
     time = np.arange(timesteps + 1) / timesteps
-    alpha_bars = np.cos((time + offset) / (1 + offset) * np.pi / 2) ** 2
-    return Schedule(np.minimum(1.0 - alpha_bars[1:] / alpha_bars[:-1], largest))
+    alpha_bars = np.cos((time + 0.008) / 1.008 * np.pi / 2) ** 2
+    return np.minimum(1.0 - alpha_bars[1:] / alpha_bars[:-1], 0.999)
 
 
-SCHEDULES: dict[str, Callable[[int], Schedule]] = {"linear": linear, "cosine": cosine}
+BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "linear": linear,
+    "cosine": cosine,
+    "scaled_linear": scaled_linear,
+    "sigmoid": sigmoid,
+}
 
 
-def make(noising: Noising) -> Schedule:
-    """The schedule that a model's config names; raises ScheduleError for a name there is not."""
-    if noising.schedule not in SCHEDULES:
-        raise ScheduleError(f"noise schedule {noising.schedule!r} is unknown: choose one of {', '.join(SCHEDULES)}")
-    return SCHEDULES[noising.schedule](noising.timesteps)
+def make(noising: Noising) -> Discrete | Flow:
+    """The schedule that a model's config names; raises ScheduleError for names there are not."""
+    if noising.target not in TARGETS:
+        raise ScheduleError(f"prediction target {noising.target!r} is unknown: choose one of {', '.join(TARGETS)}")
+    if noising.schedule == "flow":
+        return Flow(noising.timesteps, noising.target)
+    if noising.schedule not in BETAS:
+        names = ", ".join([*BETAS, "flow"])
+        raise ScheduleError(f"noise schedule {noising.schedule!r} is unknown: choose one of {names}")
+    betas = BETAS[noising.schedule](noising.timesteps, noising.first_beta, noising.last_beta)
+    alpha_bars = np.cumprod(1.0 - betas)
+    if noising.zero_terminal_snr:
+        alpha_bars = without_terminal_signal(alpha_bars)
+    return Discrete(alpha_bars, noising.target)
 
 
-def add_noise(schedule: Schedule, images: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_t of images [B, Y, X, C] at t [B], with standard normal noise: a draw from q(x_t | x_0) (equation 4)."""
-    signal, sigma = jnp.sqrt(schedule.alpha_bar(t)), jnp.sqrt(schedule.variance(t))
-    return _over_images(signal) * images + _over_images(sigma) * noise
+def without_terminal_signal(alpha_bars: np.ndarray) -> np.ndarray:
+    """Signals shifted and stretched so that the last is 0 and the first stays (Lin et al. 2024, algorithm 1)."""
+    signals = np.sqrt(alpha_bars)
+    return np.square((signals - signals[-1]) * signals[0] / (signals[0] - signals[-1]))
 
 
-def predicted_image(schedule: Schedule, x: jax.Array, t: jax.Array, noise: jax.Array) -> jax.Array:
-    """x_0 from x_t [B, Y, X, C] at t [] and the noise in it: equation 4 the other way round."""
-    return (x - jnp.sqrt(schedule.variance(t)) * noise) / jnp.sqrt(schedule.alpha_bar(t))
+class Conversion(NamedTuple):
+    """Image and noise from x and a prediction p: image = image_x x + image_p p, noise = noise_x x + noise_p p."""
+
+    image_x: Array
+    image_p: Array
+    noise_x: Array
+    noise_p: Array
 
 
-class Posterior(NamedTuple):
-    """mean [B, Y, X, C] and variance [] of q(x_s | x_t, x_0)."""
-
-    mean: jax.Array
-    variance: jax.Array
-
-
-def posterior(schedule: Schedule, images: jax.Array, x: jax.Array, t: jax.Array, s: jax.Array) -> Posterior:
-    """q(x_s | x_t, x_0) for s < t: equations 6 and 7, with the steps between s and t taken as one.
-
-    images: x_0, and x: x_t [B, Y, X, C].  t, s: [] int.  With s = -1 it is the image itself, without variance.
-    """
-    alpha = schedule.alpha_bar(t) / schedule.alpha_bar(s)
-    beta = step_variance(schedule, t, s)
-    from_image = jnp.sqrt(schedule.alpha_bar(s)) * beta / schedule.variance(t)
-    from_x = jnp.sqrt(alpha) * schedule.variance(s) / schedule.variance(t)
-    return Posterior(from_image * images + from_x * x, beta * schedule.variance(s) / schedule.variance(t))
+def conversion(schedule: Schedule, levels: Levels) -> Conversion:
+    """What the schedule's target says of image and noise at `levels`; infinite where it says nothing of one."""
+    signal, sigma = levels
+    zero, one = 0.0 * signal, 0.0 * signal + 1.0
+    if schedule.target == "noise":
+        return Conversion(1.0 / signal, -sigma / signal, zero, one)
+    if schedule.target == "image":
+        return Conversion(zero, one, 1.0 / sigma, -signal / sigma)
+    direction = schedule.direction(levels)
+    return Conversion(direction.sigma, -sigma, -direction.signal, signal)
 
 
-def step_variance(schedule: Schedule, t: jax.Array, s: jax.Array) -> jax.Array:
-    """Variance of q(x_t | x_s), []: beta_t where s = t - 1."""
-    # sigma_t^2 - alpha sigma_s^2 is 1 - alpha, without the cancellation of the latter where alpha is nearly 1.
-    return schedule.variance(t) - schedule.alpha_bar(t) / schedule.alpha_bar(s) * schedule.variance(s)
+def target_of(schedule: Schedule, levels: Levels, images: jax.Array, noise: jax.Array) -> jax.Array:
+    """What the network should have predicted, [B, Y, X, C]; levels [B]."""
+    if schedule.target == "noise":
+        return noise
+    if schedule.target == "image":
+        return images
+    return mixed(schedule.direction(levels), images, noise)
 
 
-def _over_images(values: jax.Array) -> jax.Array:
-    return values[:, None, None, None]
+def mixed(levels: Levels, images: jax.Array, noise: jax.Array) -> jax.Array:
+    """x of images [B, Y, X, C] at levels [B]: with standard normal noise, a draw from q(x_t | x_0) (equation 4)."""
+    return over_images(levels.signal) * images + over_images(levels.sigma) * noise
+
+
+def over_images(values: Array) -> jax.Array:
+    """[B] to [B, 1, 1, 1]."""
+    return jnp.asarray(values)[:, None, None, None]
