@@ -1,7 +1,7 @@
 """Tokenizers of published folders: what a model's tokenizer.json, or the files older than it, make of text.
 
 tokenizer.json, vocab.txt (BERT's WordPiece) and vocab.json with merges.txt (byte-level BPE: GPT-2, RoBERTa, BART,
-Qwen 2, CLIP) go through the library `tokenizers`; zoo.sentencepieces has the models of sentencepiece: T5, Llama, Marian.
+Qwen 2, CLIP) go through the library `tokenizers`; zoo.sentencepieces has sentencepiece's models: T5, Llama, Marian.
 tokenizer_config.json says which class it is and which tokens are special; none of a folder's code is ever run.
 """
 
@@ -250,7 +250,7 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
 
 
 def clip_byte_pairs(folder: Path, settings: Settings) -> Any:
-    """CLIP's byte-level BPE, of words in lower case whose last token says that it is; what it cannot spell is unknown."""
+    """CLIP's: words in lower case, whose last tokens say that they are; what it cannot spell is unknown."""
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 

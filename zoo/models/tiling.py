@@ -30,13 +30,13 @@ def tiled(
             f"tiles of {tile} that become {out_tile} do not overlap by {overlap} on both sides: "
             "choose another size of tile, or overlap"
         )
-    x = np.asarray(x)
+    images = np.asarray(x)
     above: list[np.ndarray] = []
     done = []
-    for top in range(0, x.shape[1], stride):
+    for top in range(0, images.shape[1], stride):
         row: list[np.ndarray] = []
-        for i, left in enumerate(range(0, x.shape[2], stride)):
-            made = np.asarray(f(x[:, top : top + tile, left : left + tile]))
+        for i, left in enumerate(range(0, images.shape[2], stride)):
+            made = np.asarray(f(images[:, top : top + tile, left : left + tile]))
             if above:
                 made = blended(above[i], made, blend, axis=1)
             if row:
