@@ -21,9 +21,9 @@ def autoencoder_digits() -> Experiment[AutoencoderConfig, ImageData, Autoencodin
         objective=Autoencoding(kl_weight=1e-3),
         sampler=ReconstructionSampler(),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, b2=0.99, weight_decay=0.01),
-        steps=600,
+        steps=400,
         batch_size=64,
         ema=0.99,
         eval_every=200,
-        checkpoint_every=300,
+        checkpoint_every=200,
     )
