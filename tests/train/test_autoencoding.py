@@ -92,8 +92,8 @@ def test_digits_it_has_not_seen_come_through_its_latents(tmp_path: Path, monkeyp
         steps=120,
         batch_size=32,
     )
-    training = experiment.data.open("train", batch_size=32, seed=0)
-    batch = experiment.data.open("validation", batch_size=128, seed=0).batch(0, range(128))
+    training: Any = experiment.data.open("train", batch_size=32, seed=0)
+    batch: Any = experiment.data.open("validation", batch_size=128, seed=0).batch(0, range(128))
     mesh = sharding.make_mesh("", jax.devices()[:1])
     with sharding.use(mesh):
         step, state = train_step(experiment, mesh), init_state(experiment, mesh)

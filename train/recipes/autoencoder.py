@@ -13,6 +13,7 @@ def autoencoder_digits() -> Experiment[AutoencoderConfig, ImageData, Autoencodin
     Command:  zoo train autoencoder-digits
     Data:     digits (1797 handwritten digits of 8 x 8 pixels, scaled to 16 x 16), part of scikit-learn
     Model:    3 levels of width 16, 32 and 32, latents of 4 x 4 x 4, attention among their pixels; 0.24 M parameters
+    Result:   an error of 0.038 a pixel, of images from -1 to 1, on held-out digits, and 330 nats, seed 0, on a CPU
     """
     return Experiment(
         name="autoencoder-digits",

@@ -16,7 +16,8 @@ from flax import nnx
 from zoo.layers.convolution import Conv, GroupNorm, fan_average
 from zoo.layers.linear import LayerError, Linear, Precision, check_sizes
 from zoo.layers.unet import Downsample, ResidualBlock, SpatialAttention, Upsample, constrain_image
-from zoo.models.published import Layout, PublishedError, Weight, flag, linear, norm, number, require, size
+from zoo.models.autoencoder_layout import entering, layout
+from zoo.models.published import Layout, PublishedError, flag, number, require, size
 from zoo.models.tiling import tiled
 
 EPSILON = 1e-6
@@ -109,7 +110,7 @@ class AutoencoderConfig:
 
         total = conv(pixels[0], image_channels, c[0]) + conv(pixels[0], c[0], image_channels)
         for level, (n, outputs) in enumerate(zip(pixels, c, strict=True)):
-            for inputs, blocks in ((_entering(c)[level], 0), (_entering(c[::-1])[len(c) - 1 - level], 1)):
+            for inputs, blocks in ((entering(c)[level], 0), (entering(c[::-1])[len(c) - 1 - level], 1)):
                 total += residual(n, inputs, outputs)
                 total += (self.blocks_per_level - 1 + blocks) * residual(n, outputs, outputs)
         for level in range(1, len(c)):
@@ -183,7 +184,7 @@ class AutoencoderConfig:
         }
 
     def published_layout(self) -> Layout:
-        return _layout(self)
+        return layout(self)
 
 
 def _numbers(fields: Mapping[str, Any], name: str, default: list) -> tuple[Any, ...]:
@@ -191,11 +192,6 @@ def _numbers(fields: Mapping[str, Any], name: str, default: list) -> tuple[Any, 
     if not isinstance(value, list) or not all(type(one) in (int, float) for one in value):
         raise PublishedError(f"config.json has {name} {value!r}: the model needs numbers there")
     return tuple(value)
-
-
-def _entering(channels: tuple[int, ...]) -> tuple[int, ...]:
-    """Channels that enter each level, in the order in which the levels are gone through."""
-    return (channels[0], *channels[:-1])
 
 
 class Posterior(NamedTuple):
@@ -273,7 +269,7 @@ class Encoder(nnx.Module):
         channels, options = config.channels, {"rngs": rngs, "precision": config.precision}
         self.conv_in = Conv(config.image_channels, channels[0], in_axis=None, **options)
         self.levels = nnx.List()
-        for i, (inputs, outputs) in enumerate(zip(_entering(channels), channels, strict=True)):
+        for i, (inputs, outputs) in enumerate(zip(entering(channels), channels, strict=True)):
             down = Downsample(outputs, **options) if i < len(channels) - 1 else None
             self.levels.append(Level(config, inputs, outputs, config.blocks_per_level, down, rngs=rngs))
         self.middle = Middle(config, rngs=rngs)
@@ -295,7 +291,7 @@ class Decoder(nnx.Module):
         self.conv_in = Conv(config.latent_channels, channels[0], in_axis=None, **options)
         self.middle = Middle(config, rngs=rngs)
         self.levels = nnx.List()
-        for i, (inputs, outputs) in enumerate(zip(_entering(channels), channels, strict=True)):
+        for i, (inputs, outputs) in enumerate(zip(entering(channels), channels, strict=True)):
             up = Upsample(outputs, **options) if i < len(channels) - 1 else None
             self.levels.append(Level(config, inputs, outputs, config.blocks_per_level + 1, up, rngs=rngs))
         self.norm_out = GroupNorm(channels[-1], config.groups, epsilon=EPSILON, precision=config.precision)
@@ -403,61 +399,6 @@ def _decoded(model: Autoencoder, latents: jax.Array) -> jax.Array:
 def _residual(config: AutoencoderConfig, rngs: nnx.Rngs) -> partial[ResidualBlock]:
     options = {"groups": config.groups, "epsilon": EPSILON, "precision": config.precision, "rngs": rngs}
     return partial(ResidualBlock, time_width=None, **options)
-
-
-def _layout(config: AutoencoderConfig) -> Layout:
-    channels, weights = config.channels, []
-    sides = (
-        ("encoder", "down", channels, config.blocks_per_level),
-        ("decoder", "up", channels[::-1], config.blocks_per_level + 1),
-    )
-    for side, way, order, blocks in sides:
-        weights += _conv(f"{side}.conv_in", f"{side}.conv_in")
-        for i, (inputs, outputs) in enumerate(zip(_entering(order), order, strict=True)):
-            name, level = f"{side}.{way}_blocks.{i}", f"{side}.levels.{i}"
-            for j in range(blocks):
-                changes = j == 0 and inputs != outputs
-                weights += _block(f"{name}.resnets.{j}", f"{level}.blocks.{j}", shortcut=changes)
-            if i < len(order) - 1:
-                weights += _conv(f"{name}.{way}samplers.0.conv", f"{level}.resample.conv")
-        weights += _block(f"{side}.mid_block.resnets.0", f"{side}.middle.block_in")
-        weights += _block(f"{side}.mid_block.resnets.1", f"{side}.middle.block_out")
-        if config.middle_attention:
-            weights += _attention(f"{side}.mid_block.attentions.0", f"{side}.middle.attention")
-        weights += norm(f"{side}.conv_norm_out", f"{side}.norm_out")
-        weights += _conv(f"{side}.conv_out", f"{side}.conv_out")
-    if config.moment_map:
-        weights += _pixelwise("quant_conv", "moment_map")
-    if config.latent_map:
-        weights += _pixelwise("post_quant_conv", "latent_map")
-    older = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-    renamed = {
-        f"attentions.0.{old}.{kind}": f"attentions.0.{new}.{kind}"
-        for old, new in older.items()
-        for kind in ("weight", "bias")
-    }
-    return Layout(tuple(weights), renamed=renamed, stem="diffusion_pytorch_model")
-
-
-def _conv(name: str, module: str) -> tuple[Weight, ...]:
-    return linear(name, module, "o i y x -> y x i o", "o -> o")
-
-
-def _pixelwise(name: str, module: str) -> tuple[Weight, ...]:
-    return linear(name, module, "o i 1 1 -> i o", "o -> o")
-
-
-def _block(name: str, block: str, *, shortcut: bool = False) -> list[Weight]:
-    weights = [*norm(f"{name}.norm1", f"{block}.norm_in"), *_conv(f"{name}.conv1", f"{block}.conv_in")]
-    weights += [*norm(f"{name}.norm2", f"{block}.norm_out"), *_conv(f"{name}.conv2", f"{block}.conv_out")]
-    return [*weights, *_pixelwise(f"{name}.conv_shortcut", f"{block}.shortcut")] if shortcut else weights
-
-
-def _attention(name: str, module: str) -> list[Weight]:
-    weights = list(norm(f"{name}.group_norm", f"{module}.norm"))
-    for part, ours in (("to_q", "query"), ("to_k", "key"), ("to_v", "value")):
-        weights += linear(f"{name}.{part}", f"{module}.attention.{ours}", "(n h) d -> d n h", "(n h) -> n h")
-    return [*weights, *linear(f"{name}.to_out.0", f"{module}.attention.out", "d (n h) -> n h d", "d -> d")]
 
 
 PRESETS: dict[str, AutoencoderConfig] = {

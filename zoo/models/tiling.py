@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from zoo.layers.linear import LayerError
 
@@ -19,7 +20,7 @@ def tiled(
     a side.
     Raises LayerError where tiles and what they become do not overlap alike.
     """
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         raise LayerError("tiles are put together by the host, which jit cannot trace: call this outside jit")
     if not 0 <= overlap < 1:
         raise LayerError(f"overlap {overlap} is no share of a tile: choose a number from 0, below 1")
