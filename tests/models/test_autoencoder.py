@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from zoo import models, sharding
+from zoo.layers.convolution import GroupNorm
 from zoo.layers.linear import LayerError, Precision
 from zoo.models.autoencoder import Autoencoder, AutoencoderConfig, Posterior
 from zoo.models.published import PublishedError
@@ -81,6 +82,12 @@ def product_flops(jaxpr: Any) -> float:
             for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                 total += product_flops(inner)
     return total
+
+
+def test_every_normalisation_has_the_published_epsilon() -> None:
+    """A larger one, 1e-5 say, would pass for rounding in the golden files."""
+    found = jax.tree.leaves(lively(), is_leaf=lambda module: isinstance(module, GroupNorm))
+    assert [module.epsilon for module in found if isinstance(module, GroupNorm)] == [1e-6] * 24
 
 
 def test_latents_are_drawn_by_key() -> None:
