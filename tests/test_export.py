@@ -11,7 +11,7 @@ import pytest
 
 import zoo
 from zoo import cli, sharding
-from zoo.commands.export import byte_tokenizer, export, published_tokenizer
+from zoo.commands.export import byte_tokenizer, card, export, published_tokenizer
 from zoo.train import run_folder, session
 from zoo.train.data.masked_text import MaskedTextData
 from zoo.train.data.text import TextData
@@ -68,6 +68,13 @@ def test_the_card_says_what_was_trained(run: Path, tmp_path: Path) -> None:
     assert held_out["kind"] == "validation" and f"loss {held_out['loss']:.4f}" in card and "(step 2)" in card
     assert data["sha256"] in card and data["name"] in card and "--model.width 32" in card
     assert "GPT2LMHeadModel, 23,040 parameters" in card and "2 of 2, 8 examples each" in card
+
+
+def test_a_model_of_diffusers_is_said_to_be_one(tmp_path: Path) -> None:
+    source = recorded(tmp_path / "run", "autoencoder-digits")
+    (source / "metrics.jsonl").touch()
+    text = card(source, tmp_path / "out", RECIPES["autoencoder-digits"]().model, 3)
+    assert "library_name: diffusers" in text and "AutoencoderKL, 241,749 parameters" in text
 
 
 def test_every_byte_is_its_own_token(tmp_path: Path) -> None:

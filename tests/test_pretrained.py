@@ -150,7 +150,7 @@ def test_a_hub_model_in_the_cache_needs_no_network(tmp_path, monkeypatch, tensor
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"activation_function": "quick_gelu"}, "activation_function 'quick_gelu'"),
+        ({"activation_function": "mish"}, "activation_function 'mish'"),
         ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
         ({"architectures": ["GPT2ForTokenClassification"]}, "GPT2ForTokenClassification"),

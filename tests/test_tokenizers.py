@@ -106,6 +106,63 @@ def test_byte_pairs(tmp_path, kind: str, special: list[str], ids: list[list[int]
     assert [found.decode(row) for row in ids] == ["the fox the", "é\n\nthe", ""]
 
 
+CLIP_MERGES = ["t h", "th e</w>", "f o", "fo x</w>", "c a", "ca t</w>", "' s</w>", "Ã ©</w>"]
+
+
+def clip_files() -> dict[str, Any]:
+    """As those of openai/clip-vit-large-patch14, but for the merges, which are eight."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(merge.replace(" ", "") for merge in CLIP_MERGES)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    bos = {"__type": "AddedToken", "content": "<|startoftext|>", "normalized": True, "lstrip": False}
+    return {
+        "vocab__json": {token: i for i, token in enumerate(tokens)},
+        "merges__txt": "\n".join(["#version: 0.2", *CLIP_MERGES, ""]),
+        "tokenizer_config__json": {"tokenizer_class": "CLIPTokenizer", "do_lower_case": True, "bos_token": bos},
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "decoded"),
+    [
+        (
+            "The FOX's  cat,\n the 42 cafés Café",
+            [513, 515, 518, 517, 267, 513, 275, 273, 516, 69, 127, 102, 338, 516, 69, 519],
+            "the fox 's cat , the 4 2 cafés café",
+        ),
+        ("", [], ""),
+        ("<|startoftext|>fox<|endoftext|>", [520, 515, 521], "fox"),
+        ("中 the!? ...", [160, 116, 511, 513, 0, 286, 13, 13, 269], "中 the !? ..."),
+        ("x<|STARTOFTEXT|>y", [343, 520, 344], "x y"),
+    ],
+)
+def test_byte_pairs_of_clip(tmp_path, text: str, ids: list[int], decoded: str) -> None:
+    found = zoo.tokenizer(write(tmp_path, **clip_files()))
+    assert found.encode([text]) == [[520, *ids, 521]] and found.encode([text], special=False) == [ids]
+    assert found.decode([520, *ids, 521]) == decoded
+    assert found.special_ids == {"bos_token": 520, "eos_token": 521, "unk_token": 521, "pad_token": 521}
+    written = write(tmp_path / "new", tokenizer__json=found.library.to_str())
+    write(written, config__json={"model_type": "clip_text_model"})
+    again = zoo.tokenizer(written)
+    assert again.encode([text]) == [[520, *ids, 521]] and again.decode(ids) == decoded
+
+
+def test_what_clip_cannot_spell_is_unknown(tmp_path) -> None:
+    files = clip_files()
+    del files["vocab__json"]["q"], files["vocab__json"]["q</w>"]
+    assert zoo.tokenizer(write(tmp_path, **files)).encode(["the q fox"], special=False) == [[513, 521, 515]]
+
+
+def test_special_tokens_are_matched_as_their_objects_say(tmp_path) -> None:
+    """The mask takes the blank before it."""
+    mask = {"content": "<mask>", "lstrip": True, "normalized": True}
+    told = {"tokenizer_class": "RobertaTokenizer", "mask_token": mask}
+    files = byte_pair_files(["<s>", "</s>", "<unk>", "<pad>", "<mask>"])
+    assert zoo.tokenizer(write(tmp_path, **files, tokenizer_config__json=told)).encode(["the <mask> fox"]) == [
+        [0, 262, 4, 266, 1]
+    ]
+
+
 def test_byte_pairs_by_their_configuration(tmp_path) -> None:
     told = {"add_prefix_space": True, "add_bos_token": True, "pad_token": "[PAD]"}
     config = {"tokenizer_class": "GPT2Tokenizer", **told}

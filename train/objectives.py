@@ -266,6 +266,43 @@ class Classification:
         return {"loss": total / weight, "accuracy": metrics["correct"] / weight}
 
 
+@dataclass(frozen=True)
+class Autoencoding:
+    """Error of images that went through a latent, and its divergence from noise, over batches of images, weights [B].
+
+    The model gives `model(images, key=)`, images [B, Y, X, C] and a posterior with `kl()` [B]: zoo.models.autoencoder.
+    It is the objective of Rombach et al. 2022 without its perceptual distance and its discriminator, so that details
+    which are costly to get right come out smooth. Both terms are taken per pixel and channel.
+    error: "absolute", the paper's, or "squared".  kl_weight: of the divergence, in nats.
+    """
+
+    kl_weight: float = 1e-6
+    error: Literal["absolute", "squared"] = "absolute"
+
+    def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
+        """With a key latents are drawn, without one they are the means."""
+        images, weights = batch["images"], batch["weights"]
+        out = model(images, key=key)
+        difference = out.images - images
+        each = jnp.abs(difference) if self.error == "absolute" else jnp.square(difference)
+        errors, kl = each.mean((1, 2, 3)), out.posterior.kl()
+        losses = errors + self.kl_weight * kl / math.prod(images.shape[1:])
+        power = jnp.square(out.latents).mean((1, 2, 3))
+        sums = {"error": errors, "kl": kl, "power": power}
+        return Loss(
+            jnp.sum(weights * losses), jnp.sum(weights), {name: jnp.sum(weights * x) for name, x in sums.items()}
+        )
+
+    def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
+        """loss: as minimised.  error: of a pixel and channel, in images from -1 to 1.  kl: nats an image.
+
+        latent_rms: root mean square of latents; a model of them is told them divided by it (config.scaling_factor).
+        """
+        weight = max(weight, 1.0)
+        figures = {"loss": total / weight, "error": metrics["error"] / weight, "kl": metrics["kl"] / weight}
+        return figures | {"latent_rms": math.sqrt(metrics["power"] / weight)}
+
+
 def spread_times(rows: int, timesteps: int) -> jax.Array:
     """[rows] int32 in 0 .. timesteps - 1 (at most 65536), of which every run of rows covers the range evenly.
 

@@ -304,6 +304,50 @@ class ClassSampler:
         return batch["images"], said
 
 
+@dataclass(frozen=True)
+class ReconstructionSampler:
+    """A grid of held-out images as PNG: rows of them, each above a row of what the autoencoder makes of their latents.
+
+    rows: pairs of rows.  scale: pixels a side that one pixel is drawn with (None: so many that the grid is about 640
+    wide).
+    """
+
+    rows: int = 3
+    columns: int = 10
+    scale: int | None = None
+
+    def check(self, model: Any, data: Any) -> None:
+        """Raises UserError."""
+        _check_grid(self.rows, self.columns, self.scale)
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
+        self.check(model.config, data)
+        images = self.paired(model, data, key)
+        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
+        path = folder.absolute() / "samples.png"
+        if jax.process_index() == 0:
+            pictures.write_png(pictures.grid(images, self.columns, scale=scale), path)
+        return str(path)
+
+    def paired(self, model: Any, data: Any, key: jax.Array) -> np.ndarray:
+        """Rows of images that the key picks among those held out, and behind each row theirs, [N, Y, X, C]."""
+        held_out = data.open("validation", batch_size=1, seed=0)
+        count = min(self.rows, max(1, held_out.info.examples // self.columns)) * self.columns
+        chosen = np.asarray(jax.random.permutation(key, max(held_out.info.examples, count))[:count])
+        images = held_out.batch(0, chosen.tolist())["images"]
+
+        @jax.jit
+        def reconstructed(model: Any, images: jax.Array) -> jax.Array:
+            return constrain(jnp.clip(model(images).images, -1, 1), None, None, None, None)
+
+        pairs = np.stack([images, np.asarray(reconstructed(model, images))])
+        pairs = pairs.reshape(2, -1, self.columns, *images.shape[1:])
+        return pairs.swapaxes(0, 1).reshape(-1, *images.shape[1:])
+
+
 def _check_grid(rows: int, columns: int, scale: int | None) -> None:
     if rows < 1 or columns < 1:
         raise UserError(f"a grid of {rows} x {columns} images is empty: choose both sides from 1")

@@ -194,7 +194,8 @@ def partition_spec(
     """The PartitionSpec of one array from its logical axes.
 
     Mesh axes of size 1, absent from the mesh, or taken by an earlier dimension are left out. With `name`, a dimension
-    that its mesh axes do not divide raises ShardingError; without (activations), it stays whole.
+    that its mesh axes do not divide raises ShardingError, unless it is of size 1 (an attention of one head); without
+    (activations), it stays whole.
     """
     if len(axes) != len(shape):
         raise ShardingError(f"{name or 'array'} has shape {tuple(shape)} and {len(axes)} logical axes {axes}")
@@ -207,7 +208,7 @@ def partition_spec(
         chosen = tuple(m for m in (rules[axis] if axis else ()) if sizes.get(m, 1) > 1 and m not in taken)
         ways = math.prod(sizes[m] for m in chosen)
         if size % ways:
-            if name and axis not in _REPLICATED_WHEN_UNEVEN:
+            if name and size > 1 and axis not in _REPLICATED_WHEN_UNEVEN:
                 raise ShardingError(
                     f"{name}: its axis {axis!r} has size {size}, which mesh axis "
                     f"{' x '.join(f'{m}={sizes[m]}' for m in chosen)} does not divide: choose a divisor of {size}"

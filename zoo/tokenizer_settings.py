@@ -26,6 +26,12 @@ DEFAULTS: dict[str, dict[str, str]] = {
         "pad_token": "<pad>",
         "mask_token": "<mask>",
     },
+    "CLIPTokenizer": {
+        "bos_token": "<|startoftext|>",
+        "eos_token": "<|endoftext|>",
+        "unk_token": "<|endoftext|>",
+        "pad_token": "<|endoftext|>",
+    },
     "Qwen2Tokenizer": dict.fromkeys(("unk_token", "eos_token", "pad_token"), "<|endoftext|>"),
     "T5Tokenizer": {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"},
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -41,6 +47,8 @@ SAME_CLASS = {
 CLASS_OF_MODEL = {
     "bart": "RobertaTokenizer",
     "bert": "BertTokenizer",
+    "clip": "CLIPTokenizer",
+    "clip_text_model": "CLIPTokenizer",
     "gpt2": "GPT2Tokenizer",
     "llama": "LlamaTokenizer",
     "marian": "MarianTokenizer",
@@ -73,6 +81,16 @@ class Settings:
         given = {role: content(self.fields[role]) for role in NAMED if role in self.fields}
         found = DEFAULTS.get(self.kind or "", {}) | given
         return {role: token for role, token in found.items() if token is not None}
+
+    def properties(self, token: str) -> dict[str, bool]:
+        """How a special token with a role is matched, where an object names it."""
+        for told in (self.fields.get(role) for role in NAMED):
+            if isinstance(told, dict) and told.get("content") == token:
+                wrong = [k for k, v in told.items() if k in PROPERTIES and not isinstance(v, bool)]
+                if wrong:
+                    raise PretrainedError(f"{self.folder}: {wrong[0]} of {token!r} is neither true nor false")
+                return {name: told[name] for name in PROPERTIES if name in told and name != "special"}
+        return {}
 
     def added(self) -> dict[int, dict[str, Any]]:
         """Tokens beyond the vocabulary, and those of it that are matched whole, by id, with their properties."""

@@ -1,7 +1,7 @@
 """Tokenizers of published folders: what a model's tokenizer.json, or the files older than it, make of text.
 
 tokenizer.json, vocab.txt (BERT's WordPiece) and vocab.json with merges.txt (byte-level BPE: GPT-2, RoBERTa, BART,
-Qwen 2) go through the library `tokenizers`; zoo.sentencepieces has the models of sentencepiece: T5, Llama, Marian.
+Qwen 2, CLIP) go through the library `tokenizers`; zoo.sentencepieces has sentencepiece's models: T5, Llama, Marian.
 tokenizer_config.json says which class it is and which tokens are special; none of a folder's code is ever run.
 """
 
@@ -23,6 +23,10 @@ FLAGGED = ("GPT2Tokenizer", "Qwen2Tokenizer")
 QWEN2_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+CLIP_WORD_END = "</w>"
+"""How tokens of CLIP end that end a word: blanks are not told otherwise."""
+
 TIDIED = (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're")
 """What clean_up_tokenization_spaces writes without its blanks, in this order."""
 
@@ -126,7 +130,8 @@ class FastTokenizer(Tokenizer):
         wanted = [
             token for role, token in named.items() if role in settings.fields or library.token_to_id(token) is not None
         ]
-        library.add_special_tokens([token for token in dict.fromkeys([*wanted, *extra]) if token not in here])
+        new = [token for token in dict.fromkeys([*wanted, *extra]) if token not in here]
+        library.add_special_tokens([AddedToken(token, special=True, **settings.properties(token)) for token in new])
         ids = {role: library.token_to_id(token) for role, token in named.items()}
         self.special_ids = {role: i for role, i in ids.items() if i is not None}
         self.special_tokens = {role: named[role] for role in self.special_ids}
@@ -142,6 +147,8 @@ class FastTokenizer(Tokenizer):
 
     def text(self, ids: list[int], special: bool) -> str:
         text = self.library.decode(ids, skip_special_tokens=not special)
+        if self.settings.kind == "CLIPTokenizer":
+            text = text.replace(CLIP_WORD_END, " ").strip()
         for spaced in TIDIED if self.tidy else ():
             text = text.replace(spaced, spaced.strip())
         return text
@@ -171,7 +178,8 @@ def tokenizer(source: str | os.PathLike) -> Tokenizer:
     if (folder / "vocab.txt").exists():
         return FastTokenizer(word_pieces(folder / "vocab.txt", settings), settings)
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        return FastTokenizer(byte_pairs(folder, settings), settings)
+        make = clip_byte_pairs if settings.kind == "CLIPTokenizer" else byte_pairs
+        return FastTokenizer(make(folder, settings), settings)
     raise PretrainedError(
         f"{folder} has no tokenizer: none of tokenizer.json, vocab.txt, vocab.json with merges.txt, spiece.model, "
         "tokenizer.model, or source.spm with vocab.json"
@@ -217,18 +225,13 @@ def word_pieces(path: Path, settings: Settings) -> Any:
 
 def byte_pairs(folder: Path, settings: Settings) -> Any:
     """Byte-level BPE, cut into words as GPT-2 does, or as Qwen 2."""
-    from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
     from tokenizers import Tokenizer as Library
 
-    kinds = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer")
+    kinds = ("GPT2Tokenizer", "RobertaTokenizer", "Qwen2Tokenizer", "CLIPTokenizer")
     settings.kind = expected(settings, kinds, folder / "merges.txt")
     ids = vocabulary(folder / "vocab.json")
-    parted = (line.partition(" ") for line in lines(folder / "merges.txt") if line and not line.startswith("#version"))
-    merges = [(left, right) for left, _, right in parted]
-    try:
-        made = Library(models.BPE(ids, merges))
-    except Exception as problem:  # the library raises plain Exception
-        raise PretrainedError(f"{folder}: vocab.json and merges.txt do not fit ({problem}): fetch both again") from None
+    made = Library(merged(folder, ids))
     lost = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - ids.keys())
     if lost:
         raise PretrainedError(f"{folder / 'vocab.json'} has no token for {len(lost)} of the 256 bytes: fetch it again")
@@ -244,6 +247,35 @@ def byte_pairs(folder: Path, settings: Settings) -> Any:
         cls, sep = (known(settings, role, ids) for role in ("cls_token", "sep_token"))
         made.post_processor = processors.RobertaProcessing(sep, cls, add_prefix_space=blank)
     return made
+
+
+def clip_byte_pairs(folder: Path, settings: Settings) -> Any:
+    """CLIP's: words in lower case, whose last tokens say that they are; what it cannot spell is unknown."""
+    from tokenizers import Regex, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers import Tokenizer as Library
+
+    ids = vocabulary(folder / "vocab.json")
+    bos, eos, unknown = (known(settings, role, ids) for role in ("bos_token", "eos_token", "unk_token"))
+    made = Library(merged(folder, ids, end_of_word_suffix=CLIP_WORD_END, unk_token=unknown[0]))
+    blanks = normalizers.Replace(Regex(r"\s+"), " ")
+    made.normalizer = normalizers.Sequence([normalizers.NFC(), blanks, normalizers.Lowercase()])
+    words = pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True)
+    made.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    made.decoder = decoders.ByteLevel()
+    made.post_processor = processors.RobertaProcessing(eos, bos, trim_offsets=False, add_prefix_space=False)
+    return made
+
+
+def merged(folder: Path, ids: Mapping[str, int], **options: str) -> Any:
+    """The library's BPE of a folder's merges.txt."""
+    from tokenizers import models
+
+    parted = (line.partition(" ") for line in lines(folder / "merges.txt") if line and not line.startswith("#version"))
+    merges = [(left, right) for left, _, right in parted]
+    try:
+        return models.BPE(dict(ids), merges, **options)
+    except Exception as problem:  # the library raises plain Exception
+        raise PretrainedError(f"{folder}: vocab.json and merges.txt do not fit ({problem}): fetch both again") from None
 
 
 def expected(settings: Settings, kinds: Sequence[str], path: Path) -> str:

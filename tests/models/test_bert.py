@@ -242,7 +242,7 @@ def test_what_a_config_leaves_out_is_as_published() -> None:
         ({"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings False"),
         ({"pruned_heads": {"0": [1]}}, "pruned_heads"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
+        ({"hidden_act": "mish"}, "hidden_act 'mish'"),
         ({"hidden_size": 0}, "hidden_size 0"),
         ({"classifier_dropout": "some"}, "classifier_dropout 'some'"),
         ({"problem_type": "ranking"}, "problem_type 'ranking'"),

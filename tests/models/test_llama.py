@@ -233,7 +233,7 @@ SWITCHED = {"use_sliding_window": True, "sliding_window": 5}
         ),
         (fields("llama-2-7b", mlp_bias=True), "mlp_bias True"),
         (fields("llama-2-7b", attention_bias=1), "attention_bias 1"),
-        (fields("llama-2-7b", hidden_act="quick_gelu"), "hidden_act 'quick_gelu'"),
+        (fields("llama-2-7b", hidden_act="mish"), "hidden_act 'mish'"),
         (fields("llama-2-7b", quantization_config={"quant_method": "gptq"}), "quantization_config"),
         (fields("llama-2-7b", num_key_value_heads=0), "num_key_value_heads 0"),
         (fields("llama-2-7b", head_dim=127), "head_dim 127 is odd"),

@@ -240,7 +240,7 @@ def test_what_a_config_leaves_out_is_as_published(name) -> None:
         (1, {"architectures": None}, "architectures None"),
         (0, {"pooler_act": "relu"}, "pooler_act 'relu'"),
         (0, {"pooler_output_size": 7}, "pooler_output_size 7"),
-        (1, {"hidden_act": "quick_gelu"}, "hidden_act 'quick_gelu'"),
+        (1, {"hidden_act": "mish"}, "hidden_act 'mish'"),
         (1, {"image_size": [8, 8, 8]}, r"image_size \[8, 8, 8\]"),
         (1, {"patch_size": "4"}, "patch_size '4'"),
         (1, {"qkv_bias": "yes"}, "qkv_bias 'yes'"),

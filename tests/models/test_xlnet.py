@@ -327,7 +327,7 @@ def test_what_a_config_leaves_out_is_as_published() -> None:
         ({"mem_len": 0}, "mem_len 0"),
         ({"clamp_len": 0}, "clamp_len 0"),
         ({"use_mems_eval": 1}, "use_mems_eval 1"),
-        ({"ff_activation": "quick_gelu"}, "ff_activation 'quick_gelu'"),
+        ({"ff_activation": "mish"}, "ff_activation 'mish'"),
         ({"problem_type": "ranking"}, "problem_type 'ranking'"),
         ({"architectures": ["XLNetForSequenceClassification"], "summary_type": "first"}, "summary_type 'first'"),
         ({"architectures": ["XLNetForSequenceClassification"], "summary_activation": None}, "summary_activation None"),

@@ -5,6 +5,7 @@ from typing import Any
 
 from zoo.train.experiment import Experiment
 from zoo.train.recipes import gpt2, gpt3
+from zoo.train.recipes.autoencoder import autoencoder_digits
 from zoo.train.recipes.bart import bart_base, bart_nano
 from zoo.train.recipes.bert import bert_base, bert_nano
 from zoo.train.recipes.ddpm_digits import ddpm_digits
@@ -18,6 +19,7 @@ from zoo.train.recipes.xlnet import xlnet_base, xlnet_nano
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
     "ddpm-digits": ddpm_digits,
+    "autoencoder-digits": autoencoder_digits,
     "vit-digits": vit_digits,
     "vit-s16": vit_s16,
     "vit-b16": vit_b16,

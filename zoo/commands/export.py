@@ -17,7 +17,7 @@ HELP = """\
 usage: zoo export RUN FOLDER
 
 Writes the newest checkpoint of a run as a published model: config.json and safetensors, tokenizer.json where it is of
-text, and README.md. zoo.from_pretrained, zoo.tokenizer and Hugging Face transformers load the folder.
+text, and README.md. zoo.from_pretrained, zoo.tokenizer and Hugging Face transformers or diffusers load the folder.
 
   zoo export runs/mine my-gpt
 """
@@ -148,9 +148,10 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
         told = {k: v for k, v in held_out[-1].items() if k not in ("step", "kind", "seconds")}
         figures = f"{sentence(told)} (step {held_out[-1]['step']:,})"
     average = "" if experiment.ema is None else f", the average of decay {experiment.ema}"
-    shapes = wanted_tensors(config).values()
+    shapes, fields = wanted_tensors(config).values(), config.to_published()
+    kind = fields["_class_name"] if "_class_name" in fields else fields["architectures"][0]
     rows = {
-        "model": f"{config.to_published()['architectures'][0]}, {sum(map(math.prod, shapes)):,} parameters",
+        "model": f"{kind}, {sum(map(math.prod, shapes)):,} parameters",
         "recipe": f"`zoo train {experiment.name} {changed}`".replace(" `", "`"),
         "steps": f"{step:,} of {experiment.steps:,}, {experiment.batch_size:,} examples each{average}",
         "data": f"{data['name']}: {data['bytes']:,} bytes, {data['detail']}",
@@ -160,12 +161,14 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
     generates = re.match(r"\w+(LMHeadModel|ForCausalLM),", rows["model"])
     text_task = "pipeline_tag: text-generation\n" if generates else ""
-    return CARD.format(name=experiment.name, table=table, task=text_task, version=__version__, folder=target.name)
+    library = "diffusers" if "_class_name" in fields else "transformers"
+    named = {"name": experiment.name, "library": library, "folder": target.name}
+    return CARD.format(table=table, task=text_task, version=__version__, **named)
 
 
 CARD = """\
 ---
-library_name: transformers
+library_name: {library}
 tags: [flaxzoo, jax]
 {task}---
 

@@ -45,8 +45,14 @@ def _gelu_jvp(primals: tuple[jax.Array], tangents: tuple[jax.Array]) -> tuple[ja
     return gelu(x), slope * tangents[0]
 
 
+def gelu_sigmoid(x: jax.Array) -> jax.Array:
+    """x sigmoid(1.702 x) (Hendrycks, Gimpel 2016, section 2), which CLIP was trained with."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": gelu,
+    "gelu_sigmoid": gelu_sigmoid,
     "gelu_tanh": gelu_tanh,
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,

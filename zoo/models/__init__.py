@@ -5,13 +5,15 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
+FAMILIES = ("autoencoder", "bert", "clip", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 
 # The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.
 PUBLISHED = {
+    "AutoencoderKL": ("autoencoder", "AutoencoderConfig"),
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
+    "clip_text_model": ("clip", "CLIPTextConfig"),
     "dinov2": ("vit", "ViTConfig"),
     "dinov2_with_registers": ("vit", "ViTConfig"),
     "gpt2": ("gpt", "GPTConfig"),
