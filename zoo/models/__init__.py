@@ -5,11 +5,13 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
+FAMILIES = ("bert", "dit", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 
 # The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.
 PUBLISHED = {
+    "DiTTransformer2DModel": ("dit", "DiTConfig"),
+    "Transformer2DModel": ("dit", "DiTConfig"),
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "dinov2": ("vit", "ViTConfig"),
