@@ -101,7 +101,7 @@ def test_blocks_begin_as_the_identity_and_the_prediction_at_zero(config) -> None
     assert out.shape == (8, 8, 12, 6) and out.dtype == jnp.float32
     assert not out.any()
     x = jax.random.normal(jax.random.key(2), (8, 24, 32))
-    condition = (TIME, CLASSES) if model.embedding is None else model.embedding((TIME, CLASSES))
+    condition = (TIME, CLASSES) if model.embedding is None else model.embedding(TIME, CLASSES)
     np.testing.assert_array_equal(model.stack(x, condition=condition).x, x)
 
 
@@ -237,8 +237,10 @@ def test_published_configs_that_a_dit_cannot_be_are_refused_by_name(fields, mess
 def test_an_older_class_name_is_read_and_its_defaults_are_its_own() -> None:
     older = PUBLISHED | {"_class_name": "Transformer2DModel", "num_vector_embeds": None}
     assert models.published_config(older) == OWN
+    del older["attention_bias"]
+    assert not models.published_config(older).qkv_bias
     del older["norm_type"]
-    with pytest.raises(PublishedError, match="norm_type None, and a DiT here has 'ada_norm_zero' alone"):
+    with pytest.raises(PublishedError, match="norm_type 'layer_norm', and a DiT here has 'ada_norm_zero' alone"):
         models.published_config(older)
 
 

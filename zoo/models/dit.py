@@ -41,6 +41,41 @@ EPSILON = 1e-6
 ACTIVATIONS = {"gelu-approximate": "gelu_tanh", "gelu": "gelu"}
 """Published names and ours."""
 
+_DEFAULTS = {
+    "activation_fn": "gelu-approximate",
+    "attention_bias": True,
+    "attention_head_dim": 72,
+    "in_channels": 4,
+    "norm_elementwise_affine": False,
+    "norm_type": "ada_norm_zero",
+    "num_attention_heads": 16,
+    "num_embeds_ada_norm": 1000,
+    "num_layers": 28,
+    "patch_size": 2,
+    "sample_size": 32,
+}
+_OLDER_DEFAULTS = {
+    "activation_fn": "geglu",
+    "attention_bias": False,
+    "attention_head_dim": 88,
+    "norm_elementwise_affine": True,
+    "norm_type": "layer_norm",
+    "num_attention_heads": 16,
+    "num_layers": 1,
+}
+_OLDER_ONLY = {
+    "attention_type": "default",
+    "caption_channels": None,
+    "cross_attention_dim": None,
+    "double_self_attention": False,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_additional_conditions": None,
+    "use_linear_projection": False,
+}
+"""What fields that are left out mean in a DiTTransformer2DModel; in a Transformer2DModel, which DiTs and others were
+published as before; and the fields of the latter alone, with the values that a DiT has."""
+
 
 @dataclass(frozen=True)
 class DiTConfig:
@@ -78,7 +113,11 @@ class DiTConfig:
         check_sizes(**{name: getattr(self, name) for name in names})
         if self.width % 4:
             raise LayerError(f"width {self.width} has no sinusoids of two axes: choose a multiple of 4")
-        patch_grid((self.image_size,) * 2, (self.patch_size,) * 2)  # Raises where an image is smaller than a patch.
+        self.grid(self.image_size, self.image_size)  # Raises where an image is smaller than a patch.
+
+    def grid(self, y: int, x: int) -> tuple[int, int]:
+        """Patches down and across an image of Y x X."""
+        return patch_grid((y, x), (self.patch_size, self.patch_size))
 
     @property
     def out_channels(self) -> int:
@@ -93,7 +132,7 @@ class DiTConfig:
         The paper's Gflops count a multiply-add as one: they are half of these.
         """
         y, x, _ = shape
-        rows, columns = patch_grid((y, x), (self.patch_size,) * 2)
+        rows, columns = self.grid(y, x)
         length, width, area = rows * columns, self.width, self.patch_size**2
         embedding = TIME_FEATURES * width + width**2
         of_a_token = (4 + 2 * MLP_RATIO) * width**2 + 2 * length * width
@@ -107,22 +146,25 @@ class DiTConfig:
 
         Whether blocks share their embedding is seen from the tensors alone, see `with_tensors`.
         """
-        _check_published(fields)
-        told = {"attention_head_dim": 72, "in_channels": 4, "num_attention_heads": 16, "num_embeds_ada_norm": 1000}
-        told |= {"num_layers": 28, "patch_size": 2, "sample_size": 32} | dict(fields)
-        channels, heads = size(told, "in_channels"), size(told, "num_attention_heads")
+        older = fields.get("_class_name") == "Transformer2DModel"
+        fields = (_OLDER_DEFAULTS if older else _DEFAULTS) | dict(fields)
+        require(fields, "DiT", norm_type="ada_norm_zero", norm_elementwise_affine=False, upcast_attention=False)
+        require(fields, "DiT", dropout=0.0, **(_OLDER_ONLY if older else {}))
+        if (name := fields["activation_fn"]) not in ACTIVATIONS:
+            raise PublishedError(f"config.json has activation_fn {name!r}, which is none of {', '.join(ACTIVATIONS)}")
+        channels, heads = size(fields, "in_channels"), size(fields, "num_attention_heads")
         return cls(
-            image_size=size(told, "sample_size"),
-            patch_size=size(told, "patch_size"),
+            image_size=size(fields, "sample_size"),
+            patch_size=size(fields, "patch_size"),
             image_channels=channels,
             learned_sigma=_learned_sigma(fields, channels),
-            num_layers=size(told, "num_layers"),
-            width=heads * size(told, "attention_head_dim"),
+            num_layers=size(fields, "num_layers"),
+            width=heads * size(fields, "attention_head_dim"),
             num_heads=heads,
-            num_classes=size(told, "num_embeds_ada_norm"),
+            num_classes=size(fields, "num_embeds_ada_norm"),
             shared_embedding=False,
             qkv_bias=flag(fields, "attention_bias", True),
-            activation=ACTIVATIONS[fields.get("activation_fn", "gelu-approximate")],
+            activation=ACTIVATIONS[name],
             feedforward_epsilon=number(fields, "norm_eps", 1e-5),
         )
 
@@ -130,10 +172,10 @@ class DiTConfig:
         """With one embedding for all blocks, where those of a file's blocks are the same bit for bit."""
 
         def same(name: str, layer: int) -> bool:
-            found = [tensors.get(name.format(i)) for i in (0, layer)]
-            if None in found or found[0].dtype != found[1].dtype or found[0].shape != found[1].shape:
+            one, other = (tensors.get(name.format(i)) for i in (0, layer))
+            if one is None or other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
                 return False
-            return found[0].read().tobytes() == found[1].read().tobytes()
+            return one.read().tobytes() == other.read().tobytes()
 
         names = [weight.name for weight in _embedding(f"{BLOCK}.norm1.emb", "")]
         shared = all(same(name, layer) for layer in range(self.num_layers) for name in names)
@@ -167,18 +209,6 @@ class DiTConfig:
         return _layout(self)
 
 
-def _check_published(fields: Mapping[str, Any]) -> None:
-    if fields.get("_class_name") == "Transformer2DModel":  # What DiTs were published as, among other models.
-        needed = {"norm_type": None, "norm_elementwise_affine": True, "attention_bias": False, "activation_fn": "geglu"}
-        fields = needed | dict(fields)
-        require(fields, "DiT", attention_type="default", double_self_attention=False, only_cross_attention=False)
-        require(fields, "DiT", use_linear_projection=False, use_additional_conditions=None)
-        require(fields, "DiT", **dict.fromkeys(("cross_attention_dim", "num_vector_embeds", "caption_channels")))
-    require(fields, "DiT", norm_type="ada_norm_zero", norm_elementwise_affine=False, upcast_attention=False, dropout=0)
-    if (name := fields.get("activation_fn", "gelu-approximate")) not in ACTIVATIONS:
-        raise PublishedError(f"config.json has activation_fn {name!r}, which is none of {', '.join(ACTIVATIONS)}")
-
-
 def _learned_sigma(fields: Mapping[str, Any], channels: int) -> bool:
     out = fields.get("out_channels")
     if out not in (None, channels, 2 * channels):
@@ -200,9 +230,8 @@ class Embedding(nnx.Module):
         table = init(rngs.params(), (rows, width), jnp.dtype(config.precision.parameters))
         self.classes = nnx.Param(table, axes=("classes", "embed"))
 
-    def __call__(self, condition: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """condition: time [B] and classes [B] int32; [B, D]. A class outside the table gives NaN."""
-        time, classes = condition
+    def __call__(self, time: jax.Array, classes: jax.Array) -> jax.Array:
+        """time [B] and classes [B] int32: [B, D]. A class outside the table gives NaN."""
         features = jnp.roll(sinusoidal_time(time, TIME_FEATURES), TIME_FEATURES // 2, -1)  # cosines come first
         x = self.mix(jax.nn.silu(self.expand(features.astype(self.precision.compute))))
         table = constrain(self.classes[...], None, None)
@@ -218,7 +247,7 @@ class BlockModulation(nnx.Module):
         self.modulation = Modulation(config.width, config.width, 6, rngs=rngs, precision=config.precision)
 
     def __call__(self, condition: Any) -> tuple[jax.Array, ...]:
-        return self.modulation(condition if self.embedding is None else self.embedding(condition))
+        return self.modulation(condition if self.embedding is None else self.embedding(*condition))
 
 
 def dit_block(config: DiTConfig, *, rngs: nnx.Rngs) -> Block:
@@ -243,15 +272,15 @@ class DiT(nnx.Module):
 
     def __init__(self, config: DiTConfig, *, rngs: nnx.Rngs):
         self.config = config
-        width, sides, common = config.width, (config.patch_size,) * 2, {"rngs": rngs, "precision": config.precision}
+        width, side, common = config.width, config.patch_size, {"rngs": rngs, "precision": config.precision}
         axes = ("kernel_y", "kernel_x", None, "embed")
-        self.patches = Linear((*sides, config.image_channels), width, axes=axes, init=fan_average, **common)
+        self.patches = Linear((side, side, config.image_channels), width, axes=axes, init=fan_average, **common)
         self.embedding = Embedding(config, rngs=rngs) if config.shared_embedding else None
         self.stack = Stack(lambda rngs: dit_block(config, rngs=rngs), config.num_layers, remat=config.remat, rngs=rngs)
         self.norm = _norm(config)
         self.modulation = Modulation(width, width, 2, **common)
         # One flat axis, as in Modulation.
-        self.out = Linear(width, config.patch_size**2 * config.out_channels, axes=("embed", None), init=zeros, **common)
+        self.out = Linear(width, side**2 * config.out_channels, axes=("embed", None), init=zeros, **common)
 
     def __call__(
         self,
@@ -269,21 +298,20 @@ class DiT(nnx.Module):
         """
         del key
         classes, grid = self._checked(images, classes, context)
-        config, patch = self.config, (self.config.patch_size,) * 2
-        x = self.patches(cut_into_patches(images.astype(config.precision.compute), patch))
-        positions = grid_sinusoids(grid, config.width, side=config.image_size // config.patch_size)
+        config, side = self.config, self.config.patch_size
+        x = self.patches(cut_into_patches(images.astype(config.precision.compute), (side, side)))
+        positions = grid_sinusoids(grid, config.width, side=config.image_size // side)
         x = constrain(x + positions.astype(x.dtype), "act_batch", "act_length", "act_embed")
-        condition = (time, classes) if self.embedding is None else self.embedding((time, classes))
-        x = self.stack(x, condition=condition).x
-        shift, scale = self.modulation(self._of_first_block((time, classes)) if self.embedding is None else condition)
-        x = self.out(modulated(self.norm(x), shift, scale))
-        pixels = {"i": grid[0], "j": grid[1], "y": patch[0], "x": patch[1]}
-        x = rearrange(x, "b (i j) (y x c) -> b (i y) (j x) c", **pixels)
+        if self.embedding is None:
+            # As published: the last layer reads the first block's.
+            x = self.stack(x, condition=(time, classes)).x
+            condition = self.stack.first_block().modulation.embedding(time, classes)
+        else:
+            condition = self.embedding(time, classes)
+            x = self.stack(x, condition=condition).x
+        x = self.out(modulated(self.norm(x), *self.modulation(condition)))
+        x = rearrange(x, "b (i j) (y x c) -> b (i y) (j x) c", i=grid[0], j=grid[1], y=side, x=side)
         return constrain(x, "act_batch", "act_y", "act_x", None).astype(jnp.float32)
-
-    def _of_first_block(self, condition: tuple[jax.Array, jax.Array]) -> jax.Array:
-        """As published: where each block has an embedding, the last layer reads the first block's."""
-        return self.stack.first_block().modulation.embedding(condition)
 
     def _checked(
         self, images: jax.Array, classes: jax.Array | None, context: jax.Array | None
@@ -300,7 +328,7 @@ class DiT(nnx.Module):
             raise LayerError(f"classes were left out, and a DiT is told one for each image: give [B] of them{none}")
         if context is not None:
             raise LayerError("context was given, and a DiT reads none: leave it out")
-        return classes, patch_grid((y, x), (side, side))
+        return classes, self.config.grid(y, x)
 
 
 BLOCK, PARAMETERS = "transformer_blocks.{}", "stack.blocks.*"
@@ -335,7 +363,7 @@ def _embedding(name: str, module: str) -> list[Weight]:
     ]
 
 
-_SIZES = {
+_SIZES: dict[str, dict[str, Any]] = {
     "s": {"num_layers": 12, "width": 384, "num_heads": 6},
     "b": {"num_layers": 12, "width": 768, "num_heads": 12},
     "l": {"num_layers": 24, "width": 1024, "num_heads": 16},
