@@ -34,6 +34,7 @@ WORDS = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": 
 def tiny_parts(monkeypatch) -> None:
     parts = {"transformer": "DiTTransformer2DModel", "text_encoder": "GPT2LMHeadModel", "tokenizer": "CLIPTokenizer"}
     monkeypatch.setitem(pipelines.PIPELINES, "StableDiffusionPipeline", parts)
+    monkeypatch.setitem(pipelines.PIPELINES, "DiTPipeline", {"transformer": "DiTTransformer2DModel"})
 
 
 @pytest.fixture
@@ -131,6 +132,17 @@ def test_a_part_of_another_class_missing_or_elsewhere_is_refused(folder) -> None
     shutil.copytree(folder / "text_encoder", folder / "transformer")
     with pytest.raises(PretrainedError, match="is of the class 'GPT2LMHeadModel', and the pipeline has a DiTT"):
         zoo.from_pretrained(folder)
+
+
+def test_parts_of_older_pipelines_lie_beside_the_index(folder, tmp_path) -> None:
+    older = shutil.copytree(folder / "transformer", tmp_path / "older")
+    write(older / "scheduler_config.json", SCHEDULER)
+    parts = {name: INDEX[name] for name in ("scheduler", "transformer")}
+    write(older / "model_index.json", {"_class_name": "DiTPipeline", **parts})
+    zoo.save_pretrained(zoo.from_pretrained(older), tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model_index.json", "scheduler", "transformer"}
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / "transformer" / weights).read_bytes() == (older / weights).read_bytes()
 
 
 def test_a_pipeline_without_a_part_is_not_written(folder, tmp_path) -> None:

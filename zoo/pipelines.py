@@ -86,13 +86,13 @@ def read_pipeline(folder: Path, **how: Any) -> Pipeline:
     index = read_json(folder / PIPELINE_INDEX)
     kind = _kind(index.get("_class_name"))
     settings = _checked(index, kind)
-    scheduler = read_json(_inside(folder, "scheduler") / SCHEDULER)
+    scheduler = read_json(_inside(folder, "scheduler", SCHEDULER) / SCHEDULER)
     if scheduler.get("_class_name") != index["scheduler"][1]:
         raise PretrainedError(
             f"{folder} has the scheduler {index['scheduler'][1]!r} in {PIPELINE_INDEX} and "
             f"{scheduler.get('_class_name')!r} in {SCHEDULER}: give both the name of one"
         )
-    parts = {name: (_inside(folder, name), cls) for name, cls in PIPELINES[kind].items()}
+    parts = {name: (_inside(folder, name, "config.json"), cls) for name, cls in PIPELINES[kind].items()}
     for name in MODELS:  # What can be refused is refused before weights are read.
         if name in parts:
             _check_class(*parts[name])
@@ -161,9 +161,15 @@ def _checked(index: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return settings | ({"requires_safety_checker": False} if dropped else {})
 
 
-def _inside(folder: Path, name: str) -> Path:
-    """The folder of a part, which must be there, and not by a link to somewhere else."""
+def _inside(folder: Path, name: str, file: str) -> Path:
+    """The folder of a part, which must be there, and not by a link to somewhere else.
+
+    Older ones with a single model, as google/ddpm-cifar10-32, have no such folders: `file` and weights lie beside the
+    index.
+    """
     place = folder / name
+    if not place.exists() and (folder / file).is_file():
+        return folder
     if not place.is_dir():
         raise PretrainedError(f"{place} is not there, and {PIPELINE_INDEX} names a {name}: fetch it")
     if not place.resolve().is_relative_to(folder.resolve()):

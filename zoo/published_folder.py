@@ -80,10 +80,11 @@ def find_model(source: str | os.PathLike) -> Path:
     """As `find`, of a model or of a whole pipeline: of that, what zoo reads is downloaded."""
     if Path(source).expanduser().exists():
         return find(source)
-    # Small files first: beside its parts, a pipeline has files of weights that are another form of the same.
-    if (find(source, (PIPELINE_INDEX, "config.json")) / PIPELINE_INDEX).exists():
-        return _downloaded(str(source), PIPELINE_FILES, ignored=None)
-    return find(source)
+    # Small files first: beside the folders of its parts, a pipeline may have the same weights in other forms.
+    folder = find(source, (PIPELINE_INDEX, "config.json"))
+    if not (folder / PIPELINE_INDEX).exists() or (folder / "config.json").exists():
+        return find(source)
+    return _downloaded(str(source), PIPELINE_FILES, ignored=None)
 
 
 def _downloaded(source: str, files: Sequence[str], *, ignored: str | None) -> Path:
