@@ -20,6 +20,7 @@ ORDER = (
         "zoo.generation",
         "zoo.beam_search",
         "zoo.diffusion",
+        "zoo.pipelines",
         "zoo.pretrained",
         "zoo.published_folder",
         "zoo.flax_checkpoints",

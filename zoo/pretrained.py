@@ -29,10 +29,11 @@ from zoo.models import published_config
 from zoo.models.published import Layout, Weight
 from zoo.published_folder import (
     FLOATS,
+    PIPELINE_INDEX,
     PretrainedError,
     Stored,
     Writer,
-    find,
+    find_model,
     holds_model,
     read_json,
     stored_tensors,
@@ -51,8 +52,10 @@ def from_pretrained(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     rules: sharding.Rules | None = None,
-) -> nnx.Module:
+) -> Any:
     """The model of a folder, or of a hub id such as "openai-community/gpt2", which is downloaded unless it is cached.
+
+    A folder with model_index.json gives a zoo.pipelines.Pipeline of such models.
 
     dtype: of parameters and of computing, by name. None: parameters as they are stored, computing in float32.
     mesh: the model is laid out over it by `rules` (sharding.RULES where None). None: one device.
@@ -60,7 +63,16 @@ def from_pretrained(
     Raises PretrainedError; PublishedError for a model that no family here can be, and LayerError for sizes that do not
     fit one another.
     """
-    folder = find(source)
+    folder = find_model(source)
+    if (folder / PIPELINE_INDEX).exists():
+        from zoo.pipelines import read_pipeline
+
+        return read_pipeline(folder, dtype=dtype, mesh=mesh, rules=rules)
+    return read_model(folder, dtype=dtype, mesh=mesh, rules=rules)
+
+
+def read_model(folder: Path, *, dtype: str | None, mesh: Mesh | None, rules: sharding.Rules | None) -> nnx.Module:
+    """What `from_pretrained` gives for the folder of one model."""
     config = published_config(read_json(folder / "config.json") | _rules_of_generation(folder))
     if dtype is not None:
         if dtype not in DTYPES:
@@ -89,11 +101,17 @@ def _rules_of_generation(folder: Path) -> dict[str, Any]:
 def save_pretrained(model: Any, folder: str | os.PathLike, *, shard_bytes: int = SHARD_BYTES) -> None:
     """Writes a folder that the torch implementation of the model's family loads: config.json and safetensors.
 
+    Of a zoo.pipelines.Pipeline, the folder that diffusers loads, with each model in a folder of its own.
+
     shard_bytes: of one file; what is larger is split, with an index. Each tensor has the dtype that it was read with,
     else that of its parameter. Every process of a mesh must call it; the first one writes.
     Raises PretrainedError where the folder holds a model already, and PublishedError where there is no published form.
     """
     folder = Path(folder).expanduser()
+    from zoo.pipelines import Pipeline, save_pipeline
+
+    if isinstance(model, Pipeline):
+        return save_pipeline(model, folder, shard_bytes=shard_bytes)
     if holds_model(folder):
         raise PretrainedError(f"{folder} holds a model already: name another folder, or move that one away")
     config: Any = getattr(model, "config", None)

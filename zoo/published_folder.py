@@ -21,6 +21,27 @@ STEMS = ("model", "diffusion_pytorch_model")
 """How names of files with weights begin: what transformers writes, and what diffusers does."""
 
 FILES = ("*.json", "*.safetensors", "*.model", "*.spm", "*.txt", "*.jinja")
+PIPELINE_INDEX = "model_index.json"
+"""What a folder holds whose models are parts of a pipeline, each in a folder of its own."""
+
+PIPELINE_FILES = (
+    PIPELINE_INDEX,
+    *(
+        f"{part}/{name}"
+        for part in ("unet", "transformer", "vae", "text_encoder")
+        for stem in STEMS
+        for name in (
+            "config.json",
+            f"{stem}.safetensors",
+            f"{stem}-*-of-*.safetensors",
+            f"{stem}.safetensors.index.json",
+        )
+    ),
+    *(f"tokenizer/{name}" for name in ("*.json", "*.txt")),
+    "scheduler/*.json",
+)
+"""What is downloaded of a pipeline: no weights of another precision, nor those of parts that are not read."""
+
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 STORED_DTYPES = FLOATS | {
@@ -52,10 +73,25 @@ def find(source: str | os.PathLike, files: Sequence[str] = FILES) -> Path:
         return folder
     if folder.exists() or not HUB_ID.fullmatch(str(source)):
         raise PretrainedError(f"{source} is no folder: name the folder that holds config.json, or a model of the hub")
+    return _downloaded(str(source), files, ignored="*/*")
+
+
+def find_model(source: str | os.PathLike) -> Path:
+    """As `find`, of a model or of a whole pipeline: of that, what zoo reads is downloaded."""
+    if Path(source).expanduser().exists():
+        return find(source)
+    # Small files first: beside the folders of its parts, a pipeline may have the same weights in other forms.
+    folder = find(source, (PIPELINE_INDEX, "config.json"))
+    if not (folder / PIPELINE_INDEX).exists() or (folder / "config.json").exists():
+        return find(source)
+    return _downloaded(str(source), PIPELINE_FILES, ignored=None)
+
+
+def _downloaded(source: str, files: Sequence[str], *, ignored: str | None) -> Path:
     import huggingface_hub  # Only for what is not here.
 
     try:
-        return Path(huggingface_hub.snapshot_download(str(source), allow_patterns=list(files), ignore_patterns="*/*"))
+        return Path(huggingface_hub.snapshot_download(source, allow_patterns=list(files), ignore_patterns=ignored))
     except (OSError, ValueError) as problem:
         reason = str(problem).strip().splitlines()[0]
         raise PretrainedError(f"{source} is no folder, and the hub does not give it ({reason})") from None
@@ -96,7 +132,7 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
 
 
 def holds_model(folder: Path) -> bool:
-    names = ("config.json", *(name for stem in STEMS for name in weights_and_index(stem)))
+    names = ("config.json", PIPELINE_INDEX, *(name for stem in STEMS for name in weights_and_index(stem)))
     return any((folder / name).exists() for name in names)
 
 
@@ -189,10 +225,12 @@ class Writer:
             path.replace(self.folder / file)
             names |= dict.fromkeys(tensors, file)
         if len(self.files) > 1:
-            self.write(index, {"metadata": {"total_size": self.bytes}, "weight_map": names})
-        self.write("config.json", fields)
+            write_json(self.folder / index, {"metadata": {"total_size": self.bytes}, "weight_map": names})
+        write_json(self.folder / "config.json", fields)
 
-    def write(self, name: str, fields: Mapping[str, Any]) -> None:
-        temporary = self.folder / f".writing-{name}"
-        temporary.write_text(json.dumps(fields, indent=2) + "\n")
-        temporary.replace(self.folder / name)
+
+def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".writing-{path.name}")
+    temporary.write_text(json.dumps(fields, indent=2) + "\n")
+    temporary.replace(path)

@@ -13,12 +13,23 @@ from zoo.layers.linear import Precision
 
 
 class LayerNorm(nnx.Module):
-    """(x - mean) / sqrt(variance + epsilon) * scale + bias over x [..., D] (Ba et al. 2016); the variance is biased."""
+    """(x - mean) / sqrt(variance + epsilon) * scale + bias over x [..., D] (Ba et al. 2016); the variance is biased.
 
-    def __init__(self, width: int, *, epsilon: float = 1e-5, bias: bool = True, precision: Precision = Precision()):
+    scale, bias: whether it has these parameters; what a condition modulates has neither.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        epsilon: float = 1e-5,
+        scale: bool = True,
+        bias: bool = True,
+        precision: Precision = Precision(),
+    ):
         self.epsilon, self.compute = epsilon, precision.compute
         dtype = jnp.dtype(precision.parameters)
-        self.scale = nnx.Param(jnp.ones(width, dtype), axes=("norm",))
+        self.scale = nnx.Param(jnp.ones(width, dtype), axes=("norm",)) if scale else None
         self.bias = nnx.Param(jnp.zeros(width, dtype), axes=("norm",)) if bias else None
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -26,7 +37,9 @@ class LayerNorm(nnx.Module):
         x = x.astype(jnp.float32)
         centred = x - x.mean(-1, keepdims=True)
         variance = jnp.square(centred).mean(-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        y = centred * jax.lax.rsqrt(variance + self.epsilon)
+        if self.scale is not None:
+            y = y * self.scale[...]
         if self.bias is not None:
             y = y + self.bias[...]
         return y.astype(self.compute)

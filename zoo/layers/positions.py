@@ -61,6 +61,26 @@ def sinusoids(positions: jax.Array, width: int, *, longest: float = 10000.0, hal
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], -1).reshape(*positions.shape, width)
 
 
+def grid_sinusoids(grid: tuple[int, int], width: int, *, side: int, longest: float = 10000.0) -> jax.Array:
+    """[Y X, width] float32 for a grid of (Y, X) places, row by row: half for the column, half for the row.
+
+    Each half is sines, then cosines, as in the code of MAE (He et al. 2022) and DiT (Peebles and Xie 2023). Whatever
+    their number, rows and columns are spread evenly over positions from 0 up to `side`. width must be a multiple of 4.
+    """
+    pairs = width // 4
+
+    def along(count: int) -> np.ndarray:
+        # Made on the host, for precision, and rounded where published implementations round.
+        positions = np.arange(count, dtype=np.float32) / np.float32(count / side)
+        angles = np.outer(positions.astype(np.float64), longest ** (-np.arange(pairs) / pairs))
+        return np.concatenate([np.sin(angles), np.cos(angles)], -1).astype(np.float32)
+
+    rows, columns = (jnp.asarray(along(count)) for count in grid)
+    shape = (*grid, 2 * pairs)
+    halves = [jnp.broadcast_to(columns[None], shape), jnp.broadcast_to(rows[:, None], shape)]
+    return jnp.concatenate(halves, -1).reshape(-1, width)
+
+
 class Scaling(Protocol):
     """How a model turns pairs of rotary positions that reaches beyond the length that it was first trained with."""
 

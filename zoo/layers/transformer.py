@@ -15,6 +15,7 @@ from zoo.layers.attention import KVCache, MultiHeadAttention
 from zoo.layers.dropout import dropout, split
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import LayerError, Precision
+from zoo.layers.modulation import modulated
 from zoo.sharding import constrain, is_variable, logical_axes
 
 Tree = TypeVar("Tree")
@@ -88,6 +89,8 @@ class Block(nnx.Module):
 
     norm makes a normalisation for each branch. It stands before the branch (norm_first: x + f(norm(x)), GPT-2) or after
     the sum (norm(x + f(x)), Vaswani et al. 2017). branch_scale makes what a branch passes through before it is added.
+    modulation makes what turns a condition into shift, scale and gate [B, 1, D] of self-attention, and those of the
+    feed-forward network: x + gate * f(norm(x) * (1 + scale) + shift).
     """
 
     def __init__(
@@ -99,9 +102,11 @@ class Block(nnx.Module):
         cross_attention: MultiHeadAttention | None = None,
         norm_first: bool = True,
         branch_scale: Callable[[], LayerScale] | None = None,
+        modulation: Callable[[], nnx.Module] | None = None,
         dropout: float = 0.0,
     ):
         self.norm_first, self.dropout = norm_first, dropout
+        self.modulation = None if modulation is None else modulation()
         scale = branch_scale or (lambda: None)
         self.attention_norm, self.attention, self.attention_scale = norm(), attention, scale()
         self.cross_norm, self.cross_scale = (None, None) if cross_attention is None else (norm(), scale())
@@ -118,16 +123,25 @@ class Block(nnx.Module):
         context_mask: Mask = Mask(),
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
+        condition: Any = None,
         key: jax.Array | None = None,
         return_weights: bool = False,
     ) -> BlockOutput:
         """x [B, T, D]; context: what cross-attention attends to, [B, S, E] or what `keys_and_values` made of it.
 
-        bias: of the scores of self-attention. The rest is as in MultiHeadAttention.
+        bias: of the scores of self-attention.  condition: what the block's modulation takes. The rest is as in
+        MultiHeadAttention.
         """
         if (context is None) != (self.cross_attention is None):
             given = "none" if context is None else "one"
             raise LayerError(f"a block has cross-attention where it gets a context, and only there: {given} was given")
+        if (condition is None) != (self.modulation is None):
+            given = "none" if condition is None else "one"
+            raise LayerError(f"a block is modulated where it gets a condition, and only there: {given} was given")
+        of_attention = of_feedforward = None
+        if self.modulation is not None:
+            vectors = self.modulation(condition)
+            of_attention, of_feedforward = vectors[:3], vectors[3:]
         self_key, cross_key, mlp_key, *branch_keys = split(key, 6)
         weights = cross_weights = None
 
@@ -155,10 +169,10 @@ class Block(nnx.Module):
         def feedforward(x: jax.Array) -> jax.Array:
             return self.feedforward(x, key=mlp_key)
 
-        x = self._branch(x, self.attention_norm, self_attention, self.attention_scale, branch_keys[0])
+        x = self._branch(x, self.attention_norm, self_attention, self.attention_scale, branch_keys[0], of_attention)
         if self.cross_norm is not None:
             x = self._branch(x, self.cross_norm, cross_attention, self.cross_scale, branch_keys[1])
-        x = self._branch(x, self.feedforward_norm, feedforward, self.feedforward_scale, branch_keys[2])
+        x = self._branch(x, self.feedforward_norm, feedforward, self.feedforward_scale, branch_keys[2], of_feedforward)
         return BlockOutput(x, cache, weights, cross_weights)
 
     def with_merged_attention(self) -> "Block":
@@ -173,8 +187,14 @@ class Block(nnx.Module):
         f: Callable[[jax.Array], jax.Array],
         scale: LayerScale | None,
         key: jax.Array | None,
+        modulation: tuple[jax.Array, ...] | None = None,
     ) -> jax.Array:
-        y = f(norm(x) if self.norm_first else x)
+        y = norm(x) if self.norm_first else x
+        if modulation is None:
+            y = f(y)
+        else:
+            shift, spread, gate = modulation
+            y = gate * f(modulated(y, shift, spread))
         x = x + dropout(y if scale is None else scale(y), self.dropout, key)
         x = x if self.norm_first else norm(x)
         return constrain(x, "act_batch", "act_length", "act_embed")
@@ -219,15 +239,18 @@ class Stack(nnx.Module):
         context_mask: Mask = Mask(),
         cache: KVCache | None = None,
         positions: jax.Array | None = None,
+        condition: Any = None,
         key: jax.Array | None = None,
         return_intermediates: bool = False,
     ) -> StackOutput:
         """x [B, T, D] through all blocks; masks holds one Mask for each block of the period.
 
         bias: of every block's self-attention.  context: [B, S, E], or what `keys_and_values` made of it.
+        condition: what the modulation of every block takes, where they have one.
         cache: of init_cache.  return_intermediates: whether the states and weights of every block are kept.
         """
         keys = None if key is None else jax.random.split(key, (self.num_layers // self.period, self.period))
+        modulating = {} if condition is None else {"condition": condition}  # Blocks of other kinds know none.
 
         def run_period(carry: tuple, blocks: nnx.List, each: tuple) -> tuple[tuple, list[tuple]]:
             (x, cache), (index, keys) = carry, each
@@ -246,6 +269,7 @@ class Stack(nnx.Module):
                     positions=positions,
                     key=None if keys is None else keys[j],
                     return_weights=return_intermediates,
+                    **modulating,
                 )
                 cache = None if cache is None else dataclasses.replace(cache, layer=None)
                 seen += [(entering, *weights)] if return_intermediates else []
@@ -277,6 +301,10 @@ class Stack(nnx.Module):
         stack, periods = copy.copy(self), self.num_layers // self.period
         stack.blocks, stack.unstacked = nnx.List([_at(self.blocks, i) for i in range(periods)]), True
         return stack
+
+    def first_block(self) -> Any:
+        """Layer 0, with arrays of its own."""
+        return self.blocks[0][0] if self.unstacked else _at(self.blocks, 0)[0]
 
     def keys_and_values(self, context: jax.Array) -> KVCache:
         """What the blocks' cross-attention makes of context [B, S, E], once for many calls, [L, B, K, S, H]."""

@@ -5,12 +5,14 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("autoencoder", "bert", "clip", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
+FAMILIES = ("autoencoder", "bert", "clip", "dit", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 
 # The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.
 PUBLISHED = {
     "AutoencoderKL": ("autoencoder", "AutoencoderConfig"),
+    "DiTTransformer2DModel": ("dit", "DiTConfig"),
+    "Transformer2DModel": ("dit", "DiTConfig"),
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "clip_text_model": ("clip", "CLIPTextConfig"),
