@@ -10,6 +10,8 @@ FAMILIES = ("bert", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
 
 # The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.
 PUBLISHED = {
+    "UNet2DConditionModel": ("unet", "UNetConfig"),
+    "UNet2DModel": ("unet", "UNetConfig"),
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "dinov2": ("vit", "ViTConfig"),
