@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -170,7 +171,7 @@ class SpatialTransformer(nnx.Module):
         epsilon: float = 1e-6,
         precision: Precision = Precision(),
     ):
-        options = {"rngs": rngs, "precision": precision, "init": fan_average}
+        options: dict[str, Any] = {"rngs": rngs, "precision": precision, "init": fan_average}
         self.norm = GroupNorm(channels, groups, epsilon=epsilon, precision=precision)
         self.project_in = Linear(channels, channels, axes=("conv_in", "embed"), **options)
         attention = partial(MultiHeadAttention, channels, num_heads, bias=False, out_bias=True, **options)

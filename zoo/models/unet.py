@@ -324,15 +324,14 @@ def _blocks(config: UNetConfig, rngs: nnx.Rngs) -> tuple[partial[ResidualBlock],
     return residual, attention
 
 
-def _attended(
-    attention: SpatialAttention | SpatialTransformer | None, x: jax.Array, context: jax.Array | None
-) -> jax.Array:
+def _attended(attention: Any, x: jax.Array, context: jax.Array | None) -> jax.Array:
+    """x through the attention of a level: SpatialAttention, or SpatialTransformer where there is a context, or None."""
     if attention is None:
         return x
     return attention(x) if context is None else attention(x, context)
 
 
-_STABLE_DIFFUSION = {
+_STABLE_DIFFUSION: dict[str, Any] = {
     "image_channels": 4,
     "channels": (320, 640, 1280, 1280),
     "attention_levels": (0, 1, 2),
@@ -340,11 +339,6 @@ _STABLE_DIFFUSION = {
     "downsample_padding": (1, 1),
     "cosines_first": True,
     "frequency_shift": 0,
-}
-_STABLE_DIFFUSION_2 = _STABLE_DIFFUSION | {
-    "num_heads": (5, 10, 20, 20),
-    "context_width": 1024,
-    "linear_projections": True,
 }
 
 PRESETS: dict[str, UNetConfig] = {
@@ -361,6 +355,12 @@ PRESETS: dict[str, UNetConfig] = {
         noising=Noising("cosine"),
     ),
     "stable-diffusion-v1-5": UNetConfig(**_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768),
-    "stable-diffusion-2-base": UNetConfig(**_STABLE_DIFFUSION_2, image_size=(64, 64)),
-    "stable-diffusion-2-1": UNetConfig(**_STABLE_DIFFUSION_2, image_size=(96, 96), upcast_attention=True),
+    "stable-diffusion-2-1": UNetConfig(
+        **_STABLE_DIFFUSION,
+        image_size=(96, 96),
+        num_heads=(5, 10, 20, 20),
+        context_width=1024,
+        linear_projections=True,
+        upcast_attention=True,
+    ),
 }
