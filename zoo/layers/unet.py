@@ -181,7 +181,9 @@ class SpatialTransformer(nnx.Module):
             partial(LayerNorm, channels, precision=precision),
             cross_attention=attention(kv_width=context_width),
         )
-        self.project_out = Linear(channels, channels, axes=("embed", "conv_out"), **options | {"init": zeros})
+        self.project_out = Linear(
+            channels, channels, axes=("embed", "conv_out"), rngs=rngs, precision=precision, init=zeros
+        )
 
     def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
         """x [B, Y, X, C] and context [B, S, E] in the compute dtype: [B, Y, X, C]."""
