@@ -207,9 +207,14 @@ def test_sharded_equals_unsharded(kind, unsharded) -> None:
     [
         (TINY, (2, 8, 8, 1), {}, r"shape \(2, 8, 8, 1\): the network takes \[B, Y, X, 3\]"),
         (TINY, (2, 9, 8, 3), {}, "9 x 8, which 2 levels do not halve evenly: choose multiples of 2"),
-        (TINY, (2, 8, 8, 3), {"classes": (2,)}, "classes: the network knows none, and some were given"),
-        (TOLD, (2, 8, 8, 3), {"classes": (2,)}, "context: the network needs them and got none"),
-        (TOLD, (2, 8, 8, 3), {"context": (2, 7, 10)}, "classes: the network needs them and got none"),
+        (
+            TINY,
+            (2, 8, 8, 3),
+            {"classes": (2,)},
+            "classes is given to a network that is not told it: leave it out, or choose num_classes",
+        ),
+        (TOLD, (2, 8, 8, 3), {"classes": (2,)}, "context is missing: a network with context_width 10 is told it"),
+        (TOLD, (2, 8, 8, 3), {"context": (2, 7, 10)}, "classes is missing: a network with num_classes 5 is told it"),
         (TOLD, (2, 8, 8, 3), {"classes": (1,), "context": (2, 7, 10)}, r"classes have shape \(1,\): .* takes \[2\]"),
         (TOLD, (2, 8, 8, 3), {"classes": (2,), "context": (2, 7, 9)}, r"context has shape \(2, 7, 9\): .*\[2, S, 10\]"),
     ],
@@ -228,7 +233,7 @@ def test_what_does_not_fit_is_named(config, images, told, message) -> None:
         ({"channels": ()}, "channels .* make no level"),
         ({"channels": (9, 18)}, r"channels\[0\] 9 and frequency_shift 1 make no sinusoids of time"),
         ({"frequency_shift": 4}, r"channels\[0\] 8 and frequency_shift 4 make no sinusoids of time"),
-        ({"num_heads": (1, 2, 2)}, "num_heads .* are of 3 levels, and there are 2"),
+        ({"num_heads": (1, 2, 2)}, "num_heads .* is for 3 levels, not 2: give one for each"),
         ({"attention_levels": (2,)}, "attention_levels names 2, and the levels are 0 to 1"),
         ({"downsample_padding": (1, 0)}, r"downsample_padding \(1, 0\) does not halve"),
         ({"null_class": True}, "null_class is one class more, and num_classes is None"),
@@ -293,6 +298,10 @@ def test_configs_without_a_published_form_are_named() -> None:
 def test_presets_are_what_their_published_configs_say(name) -> None:
     config = models.preset(name)
     assert UNetConfig.from_published(config.to_published()) == config
+
+
+def test_the_null_class_is_published_as_one_of_the_classes() -> None:
+    assert TOLD.to_published()["num_class_embeds"] == 6
 
 
 def test_fields_that_older_files_leave_out_are_as_diffusers_takes_them() -> None:

@@ -89,7 +89,9 @@ class UNetConfig:
         if not levels:
             raise LayerError("channels () make no level: give a number for each level, such as (32, 64)")
         if len(self.heads) != levels:
-            raise LayerError(f"num_heads {self.num_heads} are of {len(self.heads)} levels, and there are {levels}")
+            raise LayerError(
+                f"num_heads {self.num_heads} is for {len(self.heads)} levels, not {levels}: give one for each"
+            )
         if self.null_class and self.num_classes is None:
             raise LayerError("null_class is one class more, and num_classes is None: say how many there are")
         if self.downsample_padding not in PADDINGS:
@@ -288,15 +290,13 @@ class UNet(nnx.Module):
         if images.shape[1] % multiple or images.shape[2] % multiple:
             raise LayerError(
                 f"images are {images.shape[1]} x {images.shape[2]}, which {len(config.channels)} levels do not halve "
-                f"evenly: choose multiples of {multiple}, or fewer channels"
+                f"evenly: choose multiples of {multiple}, or fewer levels"
             )
-        for name, told, size in (
-            ("classes", classes, config.num_classes),
-            ("context", context, config.context_width),
-        ):
-            if (told is None) != (size is None):
-                problem = "needs them and got none" if told is None else "knows none, and some were given"
-                raise LayerError(f"{name}: the network {problem}")
+        for name, told, field in (("classes", classes, "num_classes"), ("context", context, "context_width")):
+            if told is None and getattr(config, field) is not None:
+                raise LayerError(f"{name} is missing: a network with {field} {getattr(config, field)} is told it")
+            if told is not None and getattr(config, field) is None:
+                raise LayerError(f"{name} is given to a network that is not told it: leave it out, or choose {field}")
         rows = images.shape[0]
         if classes is not None and classes.shape != (rows,):
             raise LayerError(f"classes have shape {classes.shape}: the network takes [{rows}], one for each image")
