@@ -5,9 +5,11 @@ import pytest
 from flax import nnx
 
 from zoo.layers.unet import (
+    ClassEmbedding,
     Downsample,
     ResidualBlock,
     SpatialAttention,
+    SpatialTransformer,
     TimeEmbedding,
     Upsample,
     sinusoidal_time,
@@ -28,6 +30,11 @@ def test_time_is_written_in_sines_then_cosines() -> None:
     frequencies = np.array([1.0, 1e-2, 1e-4])
     expected = [[0, 0, 0, 1, 1, 1], [*np.sin(7 * frequencies), *np.cos(7 * frequencies)]]
     np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_time_is_written_in_other_orders_and_with_another_last_frequency() -> None:
+    found = sinusoidal_time(jnp.array([7.5]), 4, shift=0, cosines_first=True)
+    np.testing.assert_allclose(found, [[*np.cos([7.5, 0.075]), *np.sin([7.5, 0.075])]], atol=1e-6)
 
 
 def test_time_embedding_tells_neighbouring_times_apart() -> None:
@@ -74,6 +81,29 @@ def test_attention_starts_as_nothing_and_then_sees_every_pixel() -> None:
 def test_attention_does_not_mind_the_order_of_pixels() -> None:
     block = lively(SpatialAttention(8, num_heads=2, groups=4, rngs=nnx.Rngs(0)))
     np.testing.assert_allclose(block(IMAGES[:, ::-1])[:, ::-1], block(IMAGES), atol=2e-5)
+
+
+def test_a_transformer_starts_as_nothing_and_then_hears_its_context() -> None:
+    block = SpatialTransformer(8, num_heads=2, context_width=5, groups=4, rngs=nnx.Rngs(0))
+    context = jax.random.normal(jax.random.key(2), (2, 3, 5))
+    np.testing.assert_array_equal(block(IMAGES, context), IMAGES)
+    block = lively(block)
+    y, changed = block(IMAGES, context), block(IMAGES, context.at[0].multiply(-1.0))
+    assert y.shape == IMAGES.shape and abs(changed[0] - y[0]).max() > 1e-2
+    np.testing.assert_array_equal(changed[1], y[1])
+
+
+def test_a_class_that_there_is_none_of_becomes_nan() -> None:
+    found = ClassEmbedding(3, 4, rngs=nnx.Rngs(0))(jnp.array([0, 2, 3, -1]))
+    np.testing.assert_array_equal(jnp.isnan(found).all(-1), [False, False, True, True])
+
+
+def test_zeros_stand_after_an_image_or_on_both_sides() -> None:
+    for padding, first in (((0, 1), 1), ((1, 1), 0)):
+        down = Downsample(8, padding=padding, rngs=nnx.Rngs(0))
+        # A kernel that copies its centre shows where it stands.
+        down.conv.kernel[...] = jnp.zeros((3, 3, 8, 8)).at[1, 1].set(jnp.eye(8))
+        np.testing.assert_array_equal(down(IMAGES), IMAGES[:, first::2, first::2])
 
 
 def test_resampling_halves_and_doubles() -> None:

@@ -107,7 +107,8 @@ def _convolve(
 class Conv(nnx.Module):
     """A square convolution with bias. Channels of images themselves (1, 3, 4) name no axis: nothing divides them.
 
-    padding: "same" keeps the size at stride 1; with stride 2 it halves it, the zeros standing after the image.
+    padding: zeros before and after each side. None: as many as keep the size at stride 1; with stride 2 they halve it,
+        and an odd one stands after the image.
     """
 
     def __init__(
@@ -118,21 +119,23 @@ class Conv(nnx.Module):
         rngs: nnx.Rngs,
         size: int = 3,
         stride: int = 1,
+        padding: tuple[int, int] | None = None,
         in_axis: str | None = "conv_in",
         out_axis: str | None = "conv_out",
         precision: Precision = Precision(),
         init: Initializer = fan_average,
     ):
-        self.size, self.stride, self.precision = size, stride, precision
+        total = size - stride
+        self.padding = (total // 2, total - total // 2) if padding is None else padding
+        self.stride, self.precision = stride, precision
         dtype = jnp.dtype(precision.parameters)
         kernel = init(rngs.params(), (size, size, in_channels, out_channels), dtype)
         self.kernel = nnx.Param(kernel, axes=("kernel_y", "kernel_x", in_axis, out_axis))
         self.bias = nnx.Param(jnp.zeros(out_channels, dtype), axes=(out_axis,))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        total = self.size - self.stride
-        around = (total // 2, total - total // 2)
-        y = cast(jax.Array, convolve(x, self.kernel[...], self.stride, (around, around), self.precision))
+        around = (self.padding, self.padding)
+        y = cast(jax.Array, convolve(x, self.kernel[...], self.stride, around, self.precision))
         return y + self.bias[...].astype(y.dtype)
 
 

@@ -1,6 +1,8 @@
-"""Blocks of U-Nets over images [B, Y, X, C]: residual blocks, self-attention, resampling, time embedding."""
+"""Blocks of U-Nets over images [B, Y, X, C]: residual blocks, attention, resampling, time and class embeddings."""
 
 import math
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,10 @@ from flax import nnx
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.convolution import Conv, GroupNorm, fan_average
 from zoo.layers.dropout import dropout
-from zoo.layers.linear import LayerError, Linear, Precision
+from zoo.layers.feedforward import FeedForward
+from zoo.layers.linear import Embed, LayerError, Linear, Precision
+from zoo.layers.norms import LayerNorm
+from zoo.layers.transformer import Block
 from zoo.sharding import constrain
 
 zeros = jax.nn.initializers.zeros
@@ -19,29 +24,61 @@ def constrain_image(x: jax.Array) -> jax.Array:
     return constrain(x, "act_batch", "act_y", "act_x", "act_channels")
 
 
-def sinusoidal_time(time: jax.Array, width: int, *, longest: float = 10000.0) -> jax.Array:
-    """time [B] to [B, width] float32: sines, then cosines, of frequencies from 1 down to 1 / longest (Ho et al. 2020).
+def sinusoidal_time(
+    time: jax.Array, width: int, *, longest: float = 10000.0, shift: int = 1, cosines_first: bool = False
+) -> jax.Array:
+    """time [B] to [B, width] float32: sines, then cosines, of frequencies longest^(-i / (width / 2 - shift)).
 
-    width must be even, and at least 4.
+    With shift 1 the last of them is 1 / longest (Ho et al. 2020); with 0 it is the next that would be (Vaswani et al.
+    2017). width must be even, and its half more than shift.
     """
     half = width // 2
-    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(longest) / (half - 1)))
+    frequencies = jnp.exp(jnp.arange(half, dtype=jnp.float32) * (-math.log(longest) / (half - shift)))
     angles = time.astype(jnp.float32)[:, None] * frequencies
-    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], -1)
+    waves = [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate(waves[::-1] if cosines_first else waves, -1)
 
 
 class TimeEmbedding(nnx.Module):
-    """Sinusoids of width `channels` through two linear maps with a SiLU between: time [B] to [B, width]."""
+    """Sinusoids of width `channels` through two linear maps with a SiLU between: time [B] to [B, width].
 
-    def __init__(self, channels: int, width: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
+    shift, cosines_first: as `sinusoidal_time` takes them.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        width: int,
+        *,
+        rngs: nnx.Rngs,
+        shift: int = 1,
+        cosines_first: bool = False,
+        precision: Precision = Precision(),
+    ):
         self.channels, self.compute = channels, precision.compute
+        self.shift, self.cosines_first = shift, cosines_first
         options = {"rngs": rngs, "precision": precision, "init": fan_average}
         self.expand = Linear(channels, width, axes=(None, "mlp"), **options)
         self.mix = Linear(width, width, axes=("mlp", "time"), **options)
 
     def __call__(self, time: jax.Array) -> jax.Array:
-        x = sinusoidal_time(time, self.channels).astype(self.compute)
+        x = sinusoidal_time(time, self.channels, shift=self.shift, cosines_first=self.cosines_first)
+        x = x.astype(self.compute)
         return self.mix(jax.nn.silu(self.expand(x)))
+
+
+class ClassEmbedding(nnx.Module):
+    """A vector for each class, which is added to that of the time: classes [B] int32 to [B, width].
+
+    A class that there is none of becomes NaN. (Nichol and Dhariwal 2021, arXiv 2102.09672.)
+    """
+
+    def __init__(self, classes: int, width: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
+        self.embed = Embed(classes, width, rngs=rngs, precision=precision)
+
+    def __call__(self, classes: jax.Array) -> jax.Array:
+        # The table's rows are padded, and its lookup finds nothing before the first.
+        return self.embed(jnp.where(classes < self.embed.vocab_size, classes, -1))
 
 
 class ResidualBlock(nnx.Module):
@@ -116,11 +153,57 @@ class SpatialAttention(nnx.Module):
         return constrain_image(x + self.attention(pixels).output.reshape(x.shape))
 
 
-class Downsample(nnx.Module):
-    """A 3 x 3 convolution of stride 2: [B, Y, X, C] to [B, Y / 2, X / 2, C]."""
+class SpatialTransformer(nnx.Module):
+    """x + a transformer block over all pixels of norm(x), which also attends to a context (Rombach et al. 2022, E.2.1).
 
-    def __init__(self, channels: int, *, rngs: nnx.Rngs, precision: Precision = Precision()):
-        self.conv = Conv(channels, channels, stride=2, rngs=rngs, precision=precision)
+    The block, pre-norm self-attention, cross-attention and a feed-forward network of GEGLU (Shazeer 2020) four times as
+    wide, stands between two projections, of which the last starts at zero.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        context_width: int,
+        groups: int,
+        rngs: nnx.Rngs,
+        epsilon: float = 1e-6,
+        precision: Precision = Precision(),
+    ):
+        options: dict[str, Any] = {"rngs": rngs, "precision": precision, "init": fan_average}
+        self.norm = GroupNorm(channels, groups, epsilon=epsilon, precision=precision)
+        self.project_in = Linear(channels, channels, axes=("conv_in", "embed"), **options)
+        attention = partial(MultiHeadAttention, channels, num_heads, bias=False, out_bias=True, **options)
+        self.block = Block(
+            attention(),
+            FeedForward(channels, 4 * channels, activation="gelu", gated=True, **options),
+            partial(LayerNorm, channels, precision=precision),
+            cross_attention=attention(kv_width=context_width),
+        )
+        self.project_out = Linear(
+            channels, channels, axes=("embed", "conv_out"), rngs=rngs, precision=precision, init=zeros
+        )
+
+    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
+        """x [B, Y, X, C] and context [B, S, E] in the compute dtype: [B, Y, X, C]."""
+        pixels = self.project_in(self.norm(x).reshape(x.shape[0], -1, x.shape[-1]))
+        pixels = self.block(pixels, context=context).x
+        return constrain_image(x + self.project_out(pixels).reshape(x.shape))
+
+
+class Downsample(nnx.Module):
+    """A 3 x 3 convolution of stride 2: [B, Y, X, C] to [B, Y / 2, X / 2, C]; padding: zeros before and after a side."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        rngs: nnx.Rngs,
+        padding: tuple[int, int] = (0, 1),
+        precision: Precision = Precision(),
+    ):
+        self.conv = Conv(channels, channels, stride=2, padding=padding, rngs=rngs, precision=precision)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return constrain_image(self.conv(x))

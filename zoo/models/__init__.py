@@ -13,6 +13,8 @@ PUBLISHED = {
     "AutoencoderKL": ("autoencoder", "AutoencoderConfig"),
     "DiTTransformer2DModel": ("dit", "DiTConfig"),
     "Transformer2DModel": ("dit", "DiTConfig"),
+    "UNet2DConditionModel": ("unet", "UNetConfig"),
+    "UNet2DModel": ("unet", "UNetConfig"),
     "bart": ("transformer", "TransformerConfig"),
     "bert": ("bert", "BertConfig"),
     "clip_text_model": ("clip", "CLIPTextConfig"),
