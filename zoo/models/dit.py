@@ -232,7 +232,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, time: jax.Array, classes: jax.Array) -> jax.Array:
         """time [B] and classes [B] int32: [B, D]. A class outside the table gives NaN."""
-        features = jnp.roll(sinusoidal_time(time, TIME_FEATURES), TIME_FEATURES // 2, -1)  # cosines come first
+        features = sinusoidal_time(time, TIME_FEATURES, cosines_first=True)
         x = self.mix(jax.nn.silu(self.expand(features.astype(self.precision.compute))))
         table = constrain(self.classes[...], None, None)
         vectors = table.at[classes].get(mode="fill", fill_value=jnp.nan, wrap_negative_indices=False)
