@@ -6,7 +6,7 @@ a transformer block that attends to it stands in the place of each self-attentio
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -341,6 +341,8 @@ _STABLE_DIFFUSION: dict[str, Any] = {
     "frequency_shift": 0,
 }
 
+_SCALED_LINEAR = Noising("scaled_linear", first_beta=0.00085, last_beta=0.012)
+
 PRESETS: dict[str, UNetConfig] = {
     "ddpm-cifar10": UNetConfig(image_size=(32, 32), dropout=0.1),
     "ddpm-celebahq-256": UNetConfig(
@@ -354,7 +356,9 @@ PRESETS: dict[str, UNetConfig] = {
         groups=8,
         noising=Noising("cosine"),
     ),
-    "stable-diffusion-v1-5": UNetConfig(**_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768),
+    "stable-diffusion-v1-5": UNetConfig(
+        **_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768, noising=_SCALED_LINEAR
+    ),
     "stable-diffusion-2-1": UNetConfig(
         **_STABLE_DIFFUSION,
         image_size=(96, 96),
@@ -362,5 +366,6 @@ PRESETS: dict[str, UNetConfig] = {
         context_width=1024,
         linear_projections=True,
         upcast_attention=True,
+        noising=replace(_SCALED_LINEAR, target="velocity"),
     ),
 }
