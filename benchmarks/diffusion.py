@@ -57,7 +57,7 @@ def train(config: Any, images: np.ndarray) -> Callable[[], float]:
     with sharding.use(mesh):
         state = step.init_state(experiment, mesh)
         abstract = step.abstract_batch(batch, len(images), mesh)
-        compiled = step.train_step(experiment, mesh).lower(state, abstract).compile()
+        compiled = step.compiled(step.train_step(experiment, mesh).lower(state, abstract))
 
     def turn() -> float:
         nonlocal state

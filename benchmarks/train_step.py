@@ -78,7 +78,7 @@ def serve(folder: Path, dtype: str) -> None:
     with sharding.use(mesh):
         state = step.init_state(experiment, mesh)
         abstract = step.abstract_batch(batch, rows, mesh)
-        train = step.train_step(experiment, mesh).lower(state, abstract).compile()
+        train = step.compiled(step.train_step(experiment, mesh).lower(state, abstract))
 
         def turn() -> float:
             nonlocal state

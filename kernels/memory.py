@@ -50,6 +50,19 @@ def materialized(x: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
 
 
+def awaiting(x: jax.Array, cause: jax.Array) -> jax.Array:
+    """`x`, not made before `cause` is; on accelerators the compiler schedules for itself.
+
+    What depends on parameters alone, XLA's CPU compiler makes when a program begins, and holds until it is read.
+    """
+
+    def on_cpu(x: jax.Array, cause: jax.Array) -> jax.Array:
+        known = jax.lax.optimization_barrier(cause[(0,) * cause.ndim])
+        return jax.lax.cond(known == known, lambda x: x, jax.lax.optimization_barrier, x)
+
+    return jax.lax.platform_dependent(x, cause, cpu=on_cpu, default=lambda x, _: x)
+
+
 def named(x: jax.Array, name: str) -> jax.Array:
     """`x`, kept as its bits under `name` where the policy of an enclosing jax.checkpoint says so.
 

@@ -20,7 +20,16 @@ from zoo.train.interruption import Interruption
 from zoo.train.metrics import Interval, Jsonl, Meter, Reader, TensorBoard, Tracker
 from zoo.train.progress import Display, display
 from zoo.train.session import Session
-from zoo.train.step import AnyExperiment, Metrics, State, abstract_batch, abstract_state, init_state, train_step
+from zoo.train.step import (
+    AnyExperiment,
+    Metrics,
+    State,
+    abstract_batch,
+    abstract_state,
+    compiled,
+    init_state,
+    train_step,
+)
 
 CompiledStep = Callable[[State, Batch], tuple[State, Metrics]]
 
@@ -141,7 +150,7 @@ class Trainer:
 
     def compile(self, lowered: jax.stages.Lowered) -> CompiledStep:
         with self.meter.losing("compile"):
-            return lowered.compile()
+            return compiled(lowered)
 
     def log(self, intervals: list[Interval]) -> None:
         """Records intervals of steps. Raises UserError where too many steps in a row were skipped."""

@@ -3,8 +3,10 @@
 Call and lower what this file compiles within `zoo.sharding.use(mesh)`: the modules' constraints follow it.
 """
 
+import ctypes
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -100,6 +102,14 @@ def check_numbers(experiment: AnyExperiment) -> None:
         value = getattr(optimizer, name)
         if not 0 <= value < math.inf:
             raise UserError(f"--optimizer.{name.replace('_', '-')} {value}: choose a finite number from 0")
+
+
+def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """The program; what compiling it took goes back to the system, where glibc would keep it for itself."""
+    program = lowered.compile()
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
+    return program
 
 
 def check_batch(experiment: AnyExperiment, mesh: Mesh) -> None:

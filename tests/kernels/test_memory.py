@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from zoo.kernels.memory import materialized
+from zoo.kernels.memory import awaiting, materialized
 
 
 @pytest.mark.parametrize("written", [True, False])
@@ -16,3 +16,23 @@ def test_what_is_materialized_is_no_part_of_the_loop_that_turns_it(written) -> N
     compiled = jax.jit(product).lower(jnp.ones((2, 32, 64)), jnp.ones((2, 32, 16))).compile()
     merged = [one for one in compiled.as_text().split("\n\n") if "maximum(" in one and "transpose(" in one]
     assert bool(merged) != written
+
+
+def test_what_awaits_is_not_made_when_the_program_begins() -> None:
+    """Turned kernels of a backward pass, each of which is read once."""
+    kernels = [jnp.ones((256, 256)) for _ in range(8)]
+
+    def there_and_back(kernels: list[jax.Array], x: jax.Array, waits: bool) -> jax.Array:
+        for kernel in kernels:
+            x = jnp.tanh(x @ kernel)
+        for kernel in reversed(kernels):
+            x = jnp.tanh(x @ (awaiting(kernel, x) if waits else kernel)[::-1, ::-1])
+        return x
+
+    def temporaries(waits: bool) -> int:
+        compiled = jax.jit(there_and_back, static_argnums=2).lower(kernels, jnp.ones((8, 256)), waits).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(waits=True) < temporaries(waits=False) / 2
+    x, weights = jnp.ones((8, 256)), [0.01 * kernel for kernel in kernels]
+    assert jnp.array_equal(there_and_back(weights, x, True), there_and_back(weights, x, False))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zoo.kernels.memory import awaiting
 from zoo.layers.linear import Initializer, LayerError, Precision
 from zoo.sharding import constrain
 
@@ -42,7 +43,7 @@ def _backward(
         spread = (outputs - 1) * stride + 1
         x_padding.append((window - 1 - before, size - spread + before))
         kernel_padding.append((before, window - 1 + spread - size - before))
-    turned = _gathered(kernel, precision)[::-1, ::-1]
+    turned = _gathered(awaiting(kernel, dy), precision)[::-1, ::-1]
     dx = _convolve(dy, turned, ("NHWC", "HWOI", "NHWC"), precision, x_padding, spread_lhs=stride)
     dkernel = _convolve(x, dy, ("CHWN", "IHWO", "HWNC"), precision, kernel_padding, spread_rhs=stride)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
