@@ -271,7 +271,8 @@ class ImageSampler:
             denoise = model
             if asked:
                 none = model.config.num_classes
-                given, blank = jnp.resize(jnp.array(asked, jnp.int32), count), jnp.full(count, none)
+                given, blank = jnp.arange(count) % len(asked), jnp.full(count, none)
+                given = jnp.array(asked)[given]
                 scale = 1.0 if asked == [none] else self.guidance
                 denoise = guided(lambda x, t, c: model(x, t, classes=c), given, blank, scale=scale)
             drawn = sample(denoise, table, (count, *shape), key, callback=callback)
