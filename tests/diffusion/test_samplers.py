@@ -179,7 +179,7 @@ def test_histories_are_as_long_as_they_are_needed() -> None:
     lags = {name: [w.shape[1] for w in (t.xs, t.images, t.noises, t.predictions)] for name, t in TABLES.items()}
     assert lags == {
         "ddpm": [1, 1, 0, 0],
-        "ddim": [0, 1, 1, 0],
+        "ddim": [1, 1, 0, 0],
         "euler": [0, 1, 1, 0],
         "dpmpp_2m": [1, 2, 0, 0],
         "plms": [2, 0, 0, 5],
