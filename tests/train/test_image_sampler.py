@@ -10,6 +10,7 @@ from PIL import Image
 from zoo.diffusion import schedules
 from zoo.diffusion.samplers import METHODS
 from zoo.models.noising import Noising
+from zoo.sharding import make_mesh, use
 from zoo.train import samplers
 from zoo.train.experiment import UserError
 from zoo.train.progress import Quiet
@@ -169,3 +170,14 @@ def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
         ImageSampler(classes="3").check(Classes().config, DATA)
     with pytest.raises(UserError, match="a strip of -1 images is none"):
         ImageSampler(strip=-1).check(Points().config, DATA)
+
+
+def test_a_strip_of_images_over_a_mesh_is_whole(tmp_path) -> None:
+    sampler = ImageSampler(rows=2, columns=4, steps=10, eta=1.0, strip=3)
+    pictures = []
+    for mesh in (make_mesh("data=1", jax.devices()[:1]), make_mesh("data=4,tensor=2")):
+        with use(mesh):
+            paths = sampler.sample(Points(), DATA, jax.random.key(0), tmp_path).splitlines()
+        pictures.append([np.asarray(Image.open(path)).astype(int) for path in paths])
+    for one, other in zip(*pictures, strict=True):
+        assert abs(one - other).max() <= 1
