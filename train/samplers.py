@@ -201,12 +201,12 @@ class ImageSampler:
     """A grid of images from a denoising network, as PNG, and a strip of how some of them come out of noise.
 
     columns: None: as many as there are classes asked for, where those are 2 to 16, else 8.
-    classes: of a model of classes, each asked for in turn: "all", numbers and ranges such as "0-9" and "0,2,5", or
-    "none", which is no class. method: see zoo.diffusion.samplers. steps: along the schedule; each is a network
-    evaluation (plms has one more). eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral). guidance: scale of
-    classifier-free guidance towards each image's class, 1 is none. strip: how many of the first images are shown from
-    noise on, 0 makes no strip. scale: pixels a side that one pixel is drawn with (None: so many that the grid is about
-    640 wide).
+    classes: of a model of classes, each in turn: "all", or such as "3", "0-9", "0,2,5", or "none", which is no class.
+    method: see zoo.diffusion.samplers.  steps: along the schedule; each is a network evaluation (plms has one more).
+    eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral).
+    guidance: scale of classifier-free guidance towards each image's class, 1 is none.
+    strip: how many of the first images are shown from noise on; 0 makes no strip.
+    scale: pixels a side that one pixel is drawn with (None: so many that the grid is about 640 wide).
     """
 
     rows: int = 8
@@ -338,7 +338,7 @@ class _Watch:
 
     def __call__(self, step: int, x: np.ndarray) -> None:
         if int(step) in self._moments:
-            self._kept[int(step)] = np.array(x)[: self._images]
+            self._kept[int(step)] = np.asarray(x)[: self._images].copy()
         self._ended += 1
         self._display.update(self._ended, {"step_seconds": (time.perf_counter() - self._began) / self._ended})
 
