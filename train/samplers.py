@@ -334,13 +334,17 @@ class _Watch:
         self._images, self._display = images, waiting(steps) if shown else Quiet()
         self._moments = np.round(np.linspace(0, steps - 1, MOMENTS)).astype(int)
         self._kept: dict[int, np.ndarray] = {}
-        self._ended, self._began = 0, time.perf_counter()
+        self._ended, self._began = 0, 0.0
 
     def __call__(self, step: int, x: np.ndarray) -> None:
         if int(step) in self._moments:
             self._kept[int(step)] = np.asarray(x)[: self._images].copy()
+        # What is left is told by the steps after the first, which waited for the compiler.
+        now = time.perf_counter()
+        self._began = self._began or now
         self._ended += 1
-        self._display.update(self._ended, {"step_seconds": (time.perf_counter() - self._began) / self._ended})
+        if self._ended > 1:
+            self._display.update(self._ended, {"step_seconds": (now - self._began) / (self._ended - 1)})
 
     def __enter__(self) -> "_Watch":
         return self

@@ -77,7 +77,7 @@ def test_a_person_who_waits_sees_every_step(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(samplers, "waiting", lambda steps: shown.append(steps) or Display())
     sampler = ImageSampler(rows=1, columns=2, method="plms", steps=6, strip=0)
     sampler.sample(Points(), DATA, jax.random.key(0), tmp_path, print)
-    assert shown[0] == 7 and [step for step, _ in shown[1:-1]] == list(range(1, 8)) and shown[-1] == "closed"
+    assert shown[0] == 7 and [step for step, _ in shown[1:-1]] == list(range(2, 8)) and shown[-1] == "closed"
     del shown[:]
     sampler.sample(Points(), DATA, jax.random.key(0), tmp_path)
     assert not shown
