@@ -4,7 +4,7 @@
 
 The classifier is scikit-learn's SVC, fitted to the training digits. It looks at digits held out, at as many samples of
 each class as of any other, drawn as the run's sampler draws, and at as many of no class. Bits per dimension are the
-variational bound of held-out digits given their classes, as images of 8 bits of which 17 greys are used: see
+variational bound of held-out digits given their classes, as images of 8 bits, of whose 256 greys they use 17: see
 zoo.diffusion.losses. Distances are root mean square differences of pixels from -1 to 1; samples that copied training
 digits would be much nearer to them than held-out digits are.
 """

@@ -14,6 +14,9 @@ def ddpm_digits() -> Experiment[UNetConfig, ImageData, Denoising, ImageSampler]:
     Data:     digits (1797 handwritten digits of 8 x 8 pixels), part of scikit-learn
     Model:    2 levels of width 32 and 64, self-attention at 4 x 4, 0.7 M parameters, told the class or that there is
               none; cosine noise schedule, velocity predicted
+    Result:   a classifier that knows 99.4 % of held-out digits finds 99.7 % of 1,000 samples to be of the class asked
+              for, and 4.7 % or more of each class among 1,000 of none; 4.57 bits per dimension of held-out digits of 8
+              bits (python -m benchmarks.digits RUN), seed 0, on a CPU
     """
     return Experiment(
         name="ddpm-digits",
