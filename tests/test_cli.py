@@ -126,6 +126,11 @@ def test_too_little_memory_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert "Out of memory while trying to allocate 9 bytes. (raise --accumulate" in mistake(capsys, "list")
 
 
+def test_bits_per_dimension_are_of_image_diffusion(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = "--bits-per-dimension is of runs of Denoising, not NextToken"
+    assert words in mistake(capsys, "eval", str(run), "--bits-per-dimension")
+
+
 def test_a_run_is_written_and_resumed(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     experiment = json.loads((run / "config.json").read_text())["experiment"]
     assert experiment["steps"] == 4 and experiment["model"]["width"] == 32

@@ -13,7 +13,8 @@ from zoo import sharding
 from zoo.train import run_folder
 from zoo.train import session as sessions
 from zoo.train.data.loader import batches
-from zoo.train.experiment import Dataset, Loss, Placement
+from zoo.train.experiment import Dataset, Loss, Placement, UserError
+from zoo.train.objectives import Denoising
 from zoo.train.processes import on_first
 from zoo.train.session import Session
 from zoo.train.step import eval_step
@@ -41,10 +42,22 @@ def evaluator(session: Session, dataset: Dataset) -> Callable[[Any], dict[str, f
     return evaluate
 
 
-def evaluate_run(folder: Path, placement: Placement) -> tuple[dict[str, float], int]:
-    """The held-out figures of a run's newest checkpoint, and its step."""
+def evaluate_run(
+    folder: Path, placement: Placement, *, bits_per_dimension: bool = False
+) -> tuple[dict[str, float], int]:
+    """The held-out figures of a run's newest checkpoint, and its step.
+
+    bits_per_dimension: one figure more, of the objective Denoising; raises UserError for a run of another.
+    """
     session = sessions.reopen(folder, placement)
     experiment = session.experiment
+    if bits_per_dimension:
+        objective = experiment.objective
+        if not isinstance(objective, Denoising):
+            raise UserError(
+                f"--bits-per-dimension is of runs of Denoising, not {type(objective).__name__}: leave it out"
+            )
+        experiment = dataclasses.replace(experiment, objective=dataclasses.replace(objective, bits_per_dimension=True))
     on_first(experiment.data.prepare)
     on_first(lambda: run_folder.check_data(folder, session.dataset("train").info))
     # Micro-batches, lengthened where this mesh has more parts than they have rows.

@@ -118,7 +118,7 @@ class Sampler(Protocol):
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:
-        """Draws from `model`; returns text, or the path of the picture that it wrote below `folder`.
+        """Draws from `model`; returns text, or the paths of the pictures that it wrote below `folder`, each a line.
 
         `emit` receives text piece by piece while it is made, where the sampler can.
         """

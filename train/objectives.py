@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from zoo.diffusion import schedules
-from zoo.diffusion.losses import denoising
+from zoo.diffusion.losses import denoising, variational_bound
 from zoo.kernels import linear_cross_entropy
 from zoo.layers.linear import Head
 from zoo.sharding import constrain
@@ -175,12 +175,15 @@ class Denoising:
     weighting, gamma: "simple", or "min_snr" (Hang et al. 2023), see zoo.diffusion.losses.weights.
     times: "uniform", or on the schedule "flow" also "logit_normal", of Esser et al. 2024.
     class_dropout: share of images that come as of no class, for guidance (Ho and Salimans 2022).
+    bits_per_dimension: whether evaluations sum up the variational bound as well, of images of 8 bits. It asks the
+    network as often as the schedule has steps.
     """
 
     weighting: Literal["simple", "min_snr"] = "simple"
     gamma: float = 5.0
     times: Literal["uniform", "logit_normal"] = "uniform"
     class_dropout: float = 0.0
+    bits_per_dimension: bool = False
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         schedule = schedules.make(model.config.noising)
@@ -201,8 +204,12 @@ class Denoising:
             if drop_key is not None and self.class_dropout:
                 drops = jax.random.bernoulli(drop_key, self.class_dropout, (rows,))
                 given["classes"] = jnp.where(drops, classes, batch["labels"])
+
+        def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
+            return model(x, t, key=dropout_key, **given)
+
         losses = denoising(
-            lambda x, t: model(x, t, key=dropout_key, **given),
+            denoise,
             schedule,
             images,
             times,
@@ -210,14 +217,20 @@ class Denoising:
             weighting=weighting,
             gamma=self.gamma,
         )
-        return Loss(jnp.sum(weights * losses), jnp.sum(weights), {})
+        metrics = {}
+        if key is None and self.bits_per_dimension:
+            metrics["bits"] = jnp.sum(weights * variational_bound(denoise, schedule, images, noise_key).total)
+        return Loss(jnp.sum(weights * losses), jnp.sum(weights), metrics)
 
     def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """loss: squared error of what is predicted, a pixel and channel, weighted in training alone.
 
-        Of noise, 1 is that of predicting none.
+        Of noise, 1 is that of predicting none.  bits_per_dimension: a bound on what a pixel and channel takes to store,
+        where it is asked for; of images given their classes, where the model is told those.
         """
-        return {"loss": total / max(weight, 1.0)}
+        weight = max(weight, 1.0)
+        bits = {"bits_per_dimension": metrics["bits"] / weight} if "bits" in metrics else {}
+        return {"loss": total / weight} | bits
 
     def _times(self, schedule: schedules.Discrete | schedules.Flow, rows: int, key: jax.Array) -> jax.Array:
         if isinstance(schedule, schedules.Discrete):

@@ -14,7 +14,7 @@ class Display(Protocol):
         ...
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        """Shows step and figures: loss, UNIT_per_second, step_seconds."""
+        """Shows step and figures: step_seconds and, in training, loss and UNIT_per_second."""
         ...
 
     def close(self) -> None: ...
@@ -25,6 +25,11 @@ def display(steps: int, unit: str, *, quiet: bool) -> Display:
     if quiet:
         return Quiet()
     return Bar(steps, unit) if sys.stdout.isatty() else Lines(steps, unit)
+
+
+def waiting(steps: int) -> Display:
+    """A bar on standard error where that is a terminal, for what prints its result on standard output."""
+    return Bar(steps, "", console=Console(stderr=True)) if sys.stderr.isatty() else Quiet()
 
 
 def duration(seconds: float) -> str:
@@ -62,14 +67,14 @@ class Lines:
 class Bar:
     """A bar that stays at the bottom of the terminal; lines scroll above it."""
 
-    def __init__(self, steps: int, unit: str):
+    def __init__(self, steps: int, unit: str, *, console: Console | None = None):
         self._steps, self._unit = steps, unit
         self._bar = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
-            console=Console(highlight=False),
+            console=console or Console(highlight=False),
             transient=True,
         )
         self._task = self._bar.add_task("", total=steps, text="preparing")
@@ -79,9 +84,9 @@ class Bar:
         self._bar.console.print(text, markup=False, soft_wrap=True)
 
     def update(self, step: int, figures: Mapping[str, float]) -> None:
-        left = duration((self._steps - step) * figures["step_seconds"])
-        rate = figures[f"{self._unit}_per_second"]
-        text = f"loss {figures['loss']:.3f}  {rate:,.0f} {self._unit}/s  {left} left"
+        text = f"{duration((self._steps - step) * figures['step_seconds'])} left"
+        if "loss" in figures:
+            text = f"loss {figures['loss']:.3f}  {figures[f'{self._unit}_per_second']:,.0f} {self._unit}/s  {text}"
         self._bar.update(self._task, completed=step, text=text)
 
     def close(self) -> None:

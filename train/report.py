@@ -34,8 +34,8 @@ def write(
 ) -> Path:
     """Writes curves.png and report.html into run folder `folder`, and returns the page's path.
 
-    facts: what a person is told of the run, by name.  sample: text, or the path of a picture (absolute, or below
-    `folder`).  commands: what may be done next, by what it does.
+    facts: what a person is told of the run, by name.  sample: text, or paths of pictures, each a line (absolute, or
+    below `folder`).  commands: what may be done next, by what it does.
     """
     curves = draw(read_records(folder / METRICS))
     _write(folder / CURVES, curves)
@@ -129,8 +129,12 @@ def _table(facts: Mapping[str, str]) -> str:
 
 
 def _sample(sample: str, folder: Path) -> str:
-    if sample.endswith(".png") and "\n" not in sample and (folder / sample).is_file():
-        return f'<img class="sample" src="{_embed((folder / sample).read_bytes())}" alt="Sample drawn from the model">'
+    paths = [folder / line for line in sample.splitlines() if line.endswith(".png")]
+    if paths and len(paths) == len(sample.splitlines()) and all(path.is_file() for path in paths):
+        pictures = map(_embed, (path.read_bytes() for path in paths))
+        return "\n".join(
+            f'<img class="sample" src="{picture}" alt="Sample drawn from the model">' for picture in pictures
+        )
     return f"<pre>{html.escape(sample)}</pre>"
 
 

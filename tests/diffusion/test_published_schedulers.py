@@ -32,7 +32,9 @@ def test_stable_diffusion_s_own_file() -> None:
 
 def test_fields_left_out_have_the_class_s_defaults() -> None:
     assert from_published({"_class_name": "DDPMScheduler"}) == (Noising(), DDPM(spacing="leading"))
-    assert from_published({"_class_name": "DDIMScheduler"}).method == DDIM(spacing="leading", fixed_stride=True)
+    assert from_published({"_class_name": "DDIMScheduler"}).method == DDIM(
+        spacing="leading", fixed_stride=True, clipped_noise=False
+    )
     assert from_published({"_class_name": "EulerDiscreteScheduler"}).method == Euler()
     assert from_published({"_class_name": "DPMSolverMultistepScheduler"}).method == DPMSolver()
     flow = from_published({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
@@ -87,7 +89,7 @@ def test_a_class_that_is_not_here_is_named() -> None:
 @pytest.mark.parametrize(
     ("noising", "method", "words"),
     [
-        (Noising(), DDIM(), "diffusers' DDIM has fixed_stride=True"),
+        (Noising(), DDIM(), "diffusers' DDIM has fixed_stride=True and clipped_noise=False"),
         (Noising(), DDPM(to_image=False), "no published form"),
         (Noising("sigmoid"), Euler(), "beta_schedule 'sigmoid'"),
         (Noising("flow", target="velocity"), DPMSolver(), "on the schedule 'flow' has no published form"),
@@ -101,7 +103,7 @@ def test_what_has_no_published_form_is_refused(noising, method, words) -> None:
 
 
 def test_eta_is_in_no_file_and_infinity_is_written_as_json_has_it() -> None:
-    published = to_published(Noising(), DDIM(eta=0.3, fixed_stride=True))
-    assert from_published(published).method == DDIM(fixed_stride=True)
+    published = to_published(Noising(), DDIM(eta=0.3, fixed_stride=True, clipped_noise=False))
+    assert from_published(published).method == DDIM(fixed_stride=True, clipped_noise=False)
     solver = json.loads(json.dumps(to_published(Noising("cosine"), DPMSolver(order=3))))
     assert solver["lambda_min_clipped"] == -math.inf and from_published(solver).method == DPMSolver(order=3)

@@ -73,6 +73,7 @@ STEPS = {
     "ddpm large variance": DDPM(large_variance=True),
     "ddim": DDIM(),
     "ddim eta 0.7": DDIM(eta=0.7),
+    "ddim, the network's noise": DDIM(clipped_noise=False),
 }
 
 
@@ -83,7 +84,7 @@ def test_steps_agree_with_the_papers(name, t, s) -> None:
     sampler = STEPS[name].table(paths.along(LINEAR, times))
     x, noise, fresh = np.random.default_rng(t).normal(size=(3, 8))
     image = (x - np.sqrt(1 - LINEAR.alpha_bars[t]) * noise) / np.sqrt(LINEAR.alpha_bars[t])
-    expected = reference_steps(LINEAR.alpha_bars, x, noise, fresh, t, s)[name]
+    expected = reference_steps(LINEAR.alpha_bars, x, noise, fresh, t, s)[name.partition(",")[0]]
     np.testing.assert_allclose(one_step(sampler, 0, x, image, noise, fresh), expected, rtol=1e-9, atol=1e-12)
 
 
@@ -151,6 +152,19 @@ def test_clipping_bounds_the_image_in_both() -> None:
         assert abs(drawn).max() <= 1.0
 
 
+@pytest.mark.parametrize("clipped", [True, False])
+def test_noise_of_a_clipped_image_is_what_remains_of_x(clipped) -> None:
+    path = paths.along(LINEAR, np.array([600, 500]))
+    (signal, signal_end), (sigma, sigma_end) = path.begin
+    x, said = np.array([2.0, -0.3]), np.array([5.0, 0.25])
+    noise = (x - signal * said) / sigma
+    # As the scan does it: the image is clipped, the noise is the network's.
+    image = np.clip(said, -1, 1)
+    found = one_step(DDIM(clipped_noise=clipped).table(path), 0, x, image, noise, 0 * x)
+    remains = (x - signal * image) / sigma if clipped else noise
+    np.testing.assert_allclose(found, signal_end * image + sigma_end * remains, rtol=1e-9)
+
+
 def test_spacings_are_those_of_the_table() -> None:
     """Lin et al. 2024, table 2."""
     np.testing.assert_array_equal(paths.spaced(LINEAR, 10), [999, 899, 799, 699, 599, 499, 399, 299, 199, 99])
@@ -165,7 +179,7 @@ def test_histories_are_as_long_as_they_are_needed() -> None:
     lags = {name: [w.shape[1] for w in (t.xs, t.images, t.noises, t.predictions)] for name, t in TABLES.items()}
     assert lags == {
         "ddpm": [1, 1, 0, 0],
-        "ddim": [0, 1, 1, 0],
+        "ddim": [1, 1, 0, 0],
         "euler": [0, 1, 1, 0],
         "dpmpp_2m": [1, 2, 0, 0],
         "plms": [2, 0, 0, 5],

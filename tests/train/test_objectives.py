@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from zoo.diffusion import schedules
+from zoo.diffusion.losses import variational_bound
 from zoo.layers.linear import Head
 from zoo.models.noising import Noising
 from zoo.train.experiment import UserError
@@ -230,6 +231,25 @@ def test_denoising_gives_classes_and_drops_their_share() -> None:
     # Four standard errors.
     assert abs(dropped.mean() - 0.2) < 4 * 0.4 / np.sqrt(1000)
     np.testing.assert_array_equal(denoiser.classes[~dropped], batch["labels"][~dropped])
+
+
+def test_bits_per_dimension_are_the_bound_of_real_rows() -> None:
+    class Shrinking:
+        config = SimpleNamespace(noising=Noising("cosine", 20))
+
+        def __call__(self, x: jax.Array, t: jax.Array, *, key: Any) -> jax.Array:
+            return 0.5 * x
+
+    denoiser = Shrinking()
+    images = jax.random.uniform(jax.random.key(1), (4, 2, 2, 1), minval=-1, maxval=1)
+    batch = blank(4) | {"images": images, "weights": jnp.array([1.0, 1, 1, 0])}
+    loss = Denoising(bits_per_dimension=True).loss(denoiser, batch, None)
+    figures = Denoising().summary(float(loss.total), float(loss.weight), {"bits": float(loss.metrics["bits"])})
+    bound = variational_bound(
+        lambda x, t: denoiser(x, t, key=None), schedules.make(denoiser.config.noising), images, jax.random.key(0)
+    )
+    assert figures["bits_per_dimension"] == pytest.approx(float(bound.total[:3].mean()), rel=1e-5)
+    assert not Denoising(bits_per_dimension=True).loss(denoiser, batch, jax.random.key(0)).metrics
 
 
 def test_denoising_on_the_straight_path_has_real_times() -> None:

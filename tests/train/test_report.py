@@ -58,6 +58,20 @@ def test_the_page_holds_everything_it_shows(run: Path) -> None:
     assert sorted(p.name for p in run.iterdir()) == ["curves.png", "metrics.jsonl", "report.html", "samples.png"]
 
 
+def test_several_pictures_are_shown_in_turn(run: Path) -> None:
+    paths = [run / "samples.png", run / "denoising.png"]
+    for shade, path in enumerate(paths):
+        Image.new("L", (4, 4), shade).save(path)
+    text = "\n".join(map(str, paths))
+    page = Page(report.write(run, title="two", facts={}, sample=text).read_text())
+    sources = [attributes["src"] or "" for tag, attributes in page.tags if attributes.get("class") == "sample"]
+    assert [base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in sources] == [
+        path.read_bytes() for path in paths
+    ]
+    paths[1].unlink()
+    assert text in Page(report.write(run, title="one", facts={}, sample=text).read_text()).text
+
+
 def test_any_text_is_shown_as_it_is(run: Path) -> None:
     text = "<script>alert('&amp;')</script> {style} ünïcode\n" * 200
     path = report.write(run, title="<b>t</b>", facts={"<i>": text}, sample=text, commands={"<p>": text})

@@ -70,6 +70,8 @@ class ImageData:
         head = _head(self._folder())
         height, width, channels = head["shape"]
         known: dict[str, Any] = {"image_channels": channels, "image_size": (height, width)}
+        if getattr(model, "num_classes", None) is not None:
+            known["num_classes"] = head["classes"]
         if len(getattr(model, "labels", ())) != head["classes"]:
             known["labels"] = tuple(map(str, range(head["classes"])))
         changed = {name: value for name, value in known.items() if getattr(model, name, value) != value}

@@ -196,7 +196,7 @@ def _method(name: str, fields: Mapping[str, Any], noising: Noising) -> Method:
             )
         return DDPM(large_variance=large, clip=clip, **common)
     if name == "DDIMScheduler":
-        return DDIM(to_image=fields["set_alpha_to_one"], clip=clip, fixed_stride=True, **common)
+        return DDIM(to_image=fields["set_alpha_to_one"], clip=clip, fixed_stride=True, clipped_noise=False, **common)
     if name == "PNDMScheduler":
         return PLMS(to_image=fields["set_alpha_to_one"], **common)
     common |= {"to_image": fields["final_sigmas_type"] == "zero", "karras": fields["use_karras_sigmas"]}
@@ -227,8 +227,10 @@ def _class_of(noising: Noising, method: Method) -> str:
         classes = {Euler: "FlowMatchEulerDiscreteScheduler"}
     if type(method) not in classes:
         raise PublishedError(f"{method} on the schedule {noising.schedule!r} has no published form: choose euler there")
-    if isinstance(method, DDIM) and not method.fixed_stride:
-        raise PublishedError(f"{method} has no published form: diffusers' DDIM has fixed_stride=True")
+    if isinstance(method, DDIM) and (method.clipped_noise or not method.fixed_stride):
+        raise PublishedError(
+            f"{method} has no published form: diffusers' DDIM has fixed_stride=True and clipped_noise=False"
+        )
     return classes[type(method)]
 
 

@@ -83,11 +83,15 @@ class DDIM(Method):
     eta: 0 adds no noise, 1 as much as ancestral sampling.
     fixed_stride: each step goes timesteps // steps down, wherever the next one begins (as diffusers has it; it differs
         where the spacing is uneven); else to where the next one begins.
+    clipped_noise: where the predicted image is clipped, its noise is what then remains of x; else it is what the
+        network said (as diffusers has it), which takes out of x more than the image puts in, and under guidance leads
+        away from what is asked for.
     """
 
     eta: float = 0.0
     clip: float | None = 1.0
     fixed_stride: bool = False
+    clipped_noise: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta <= 1:
@@ -101,7 +105,11 @@ class DDIM(Method):
     def table(self, path: Path) -> Sampler:
         variance = self.eta**2 * posterior(path).variance
         kept = np.sqrt(np.maximum(np.square(path.end.sigma) - variance, 0.0))
-        return _sampler(path, images=path.end.signal, noises=kept, fresh=np.sqrt(variance), clip=self.clip)
+        options = {"fresh": np.sqrt(variance), "clip": self.clip}
+        if not self.clipped_noise:
+            return _sampler(path, images=path.end.signal, noises=kept, **options)
+        falls = kept / path.begin.sigma
+        return _sampler(path, xs=falls, images=path.end.signal - falls * path.begin.signal, **options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
 """(x [B, Y, X, C], time [B], whole or real as the schedule has it) to what the network predicts, [B, Y, X, C]."""
 
 Callback = Callable[[int, np.ndarray], None]
-"""Told the number of each step as it ends, from 0, and x then."""
+"""Told the number of each step as it ends, from 0, and x then; in the first process alone, and in no promised order."""
 
 
 def sample(
@@ -92,7 +92,8 @@ def walk(
         if project is not None:
             x = project(x, *row.end)
         if callback is not None:
-            jax.debug.callback(callback, row.step, x)
+            # It is called on one device, of the first process, which is handed all of x.
+            jax.debug.callback(callback, row.step, constrain(x, *(None,) * x.ndim))
         past = [tuple(lags[: max(len(w) - 1, 0)]) for w, lags in zip(row.weights, held, strict=True)]
         return (_batched(x), tuple(past)), None
 

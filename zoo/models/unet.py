@@ -353,8 +353,10 @@ PRESETS: dict[str, UNetConfig] = {
         channels=(32, 64),
         blocks_per_level=1,
         num_heads=4,
+        num_classes=10,
+        null_class=True,
         groups=8,
-        noising=Noising("cosine"),
+        noising=Noising("cosine", target="velocity"),
     ),
     "stable-diffusion-v1-5": UNetConfig(
         **_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768, noising=_SCALED_LINEAR

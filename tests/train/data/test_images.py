@@ -135,6 +135,16 @@ def test_fit_sets_size_and_classes_where_a_model_has_them():
     assert ImageData(size=6).fit(Classifier(3, (8, 8), ("a", "b"))) == Classifier(1, (6, 6), tuple("0123456789"))
 
 
+@dataclasses.dataclass(frozen=True)
+class OfClasses(Model):
+    num_classes: int | None
+
+
+def test_fit_counts_the_classes_of_a_model_that_is_told_them():
+    assert ImageData().fit(OfClasses(1, 3)) == OfClasses(1, 10)
+    assert ImageData().fit(OfClasses(1, None)) == OfClasses(1, None)
+
+
 def test_wrong_input_is_answered_in_one_line(folder, tmp_path_factory):
     (folder / "cat" / "0.png").write_bytes(b"no picture")
     cases = [
