@@ -135,7 +135,7 @@ def draw(
     _check_parts(pipeline)
     sizes = wanted_size(pipeline, np.shape(image)[-3:-1] if size is None and image is not None else size)
     scale = _checked_guidance(pipeline, USUAL[pipeline.kind].guidance if guidance is None else guidance)
-    sampler = sampler_of(pipeline, steps=steps, method=method, strength=_strength(image, mask, strength))
+    sampler = sampler_of(pipeline, steps=steps, method=method, strength=share_of_steps(image, mask, strength))
     given, blank, rows = _told(pipeline, prompts, negative_prompt, classes, count)
     shape = (rows, *sizes)
     return _generate(
@@ -322,11 +322,14 @@ def _checked_guidance(pipeline: Pipeline, scale: float) -> float:
     return float(scale)
 
 
-def _strength(image: Any, mask: Any, strength: float | None) -> float:
+def share_of_steps(image: Any, mask: Any, strength: float | None) -> float:
+    """`strength`, or the usual one; raises DrawingError for what has no image to begin with."""
     if image is None and mask is not None:
         raise DrawingError("a mask says which parts of an image stay, and no image is given: give one")
     if image is None and strength is not None:
         raise DrawingError(f"strength {strength} is of changes to an image, and none is given: give one")
+    if strength is not None and not 0 < strength <= 1:
+        raise DrawingError(f"strength {strength} is no share of the steps: choose from above 0 to 1")
     usual = 1.0 if image is None else STRENGTH if mask is None else STRENGTH_WITH_MASK
     return usual if strength is None else strength
 
