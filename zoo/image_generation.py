@@ -216,8 +216,12 @@ def sampler_of(
         elif pipeline.vae is not None and hasattr(named, "clip"):
             named = replace(named, **{"clip": None})
         method = named
-    steps = min(USUAL[pipeline.kind].steps, noising.timesteps) if steps is None else steps
+    steps = usual_steps(pipeline) if steps is None else steps
     return _sampler(noising, method or published, steps, strength)
+
+
+def usual_steps(pipeline: Pipeline) -> int:
+    return min(USUAL[pipeline.kind].steps, denoiser(pipeline).config.noising.timesteps)
 
 
 @functools.lru_cache

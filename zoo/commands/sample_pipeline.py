@@ -20,7 +20,7 @@ from zoo import sharding
 from zoo.commands.flags import parse
 from zoo.commands.runs import Devices
 from zoo.diffusion.sampling import Callback
-from zoo.image_generation import USUAL, draw, image_channels, sampler_of, share_of_steps, wanted_size
+from zoo.image_generation import USUAL, draw, image_channels, sampler_of, share_of_steps, usual_steps, wanted_size
 from zoo.pipelines import Pipeline
 from zoo.train import launch, pictures
 from zoo.train.experiment import UserError
@@ -78,7 +78,7 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
                 prompts=request.prompt,
                 negative_prompt=request.negative_prompt,
                 classes=classes,
-                count=request.count if classes or request.count else 1,
+                count=1 if request.count is None and classes is None else request.count,
                 steps=request.steps,
                 method=request.sampler,
                 guidance=request.guidance,
@@ -153,7 +153,7 @@ def resized(path: Path, pixels: np.ndarray, size: tuple[int, int] | None, *, smo
 
 def settings(source: str, request: Request, pipeline: Pipeline, size: tuple[int, int]) -> dict[str, str]:
     """How images were made, as their file says it; what was left out is there as it was taken."""
-    usual = USUAL[pipeline.kind]
+    guidance = USUAL[pipeline.kind].guidance if request.guidance is None else request.guidance
     taken: dict[str, Any] = {
         "model": source,
         "pipeline": pipeline.kind,
@@ -161,9 +161,9 @@ def settings(source: str, request: Request, pipeline: Pipeline, size: tuple[int,
         "negative prompt": request.negative_prompt,
         "classes": request.classes,
         "seed": request.seed,
-        "steps": request.steps or usual.steps,
+        "steps": usual_steps(pipeline) if request.steps is None else request.steps,
         "sampler": request.sampler or pipeline.scheduler["_class_name"],
-        "guidance": usual.guidance if request.guidance is None else request.guidance,
+        "guidance": guidance,
         "rescale": request.rescale,
         "size": f"{size[0]}x{size[1]}",
         "image": request.image,
