@@ -97,7 +97,9 @@ def test_a_diffusion_run_becomes_a_pipeline_that_draws_the_same(digits: Path, tm
     assert index["_class_name"] == "DDPMPipeline" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
     card = (target / "README.md").read_text()
     assert "unconditional-image-generation" in card and "library_name: diffusers" in card
-    exec(compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace("steps=100", "steps=2"), "card", "exec"))
+    exec(
+        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace("steps=100", "steps=2"), "card", "exec")
+    )
     here = session.reopen(digits, Placement())
     model, _ = session.trained_model(digits, here)
     pipeline = zoo.from_pretrained(target)

@@ -96,7 +96,11 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines) -> Non
     ("kind", "request_", "message"),
     [
         ("unconditional", {"prompts": "a cat"}, "a prompt cannot be told to a DDIMPipeline, which is told nothing"),
-        ("classes", {"prompts": "a cat", "classes": [1]}, "a prompt cannot be told to a DiTPipeline, which is told clas"),
+        (
+            "classes",
+            {"prompts": "a cat", "classes": [1]},
+            "a prompt cannot be told to a DiTPipeline, which is told clas",
+        ),
         ("classes", {"negative_prompt": "x", "classes": [1]}, "a negative prompt cannot be told to a DiTPipeline"),
         ("text", {"prompts": "a cat", "classes": [1]}, "classes cannot be told to a StableDiffusionPipeline, which is"),
         ("text", {}, "a StableDiffusionPipeline is told a text: give a prompt"),
@@ -139,4 +143,6 @@ def test_one_compilation_serves_every_seed_and_prompt(pipelines) -> None:
     for seed, prompt in enumerate(("a", "b", "c")):
         draw(pipelines["text"], jax.random.key(seed), **(SHORT | {"prompts": prompt, "method": DPMSolver()}))
     assert image_generation._generate._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
-    assert sampler_of(pipelines["text"], method=DDIM(), steps=2) is sampler_of(pipelines["text"], method=DDIM(), steps=2)
+    assert sampler_of(pipelines["text"], method=DDIM(), steps=2) is sampler_of(
+        pipelines["text"], method=DDIM(), steps=2
+    )

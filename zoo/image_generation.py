@@ -8,7 +8,6 @@ import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +16,7 @@ import numpy as np
 from einops import reduce
 
 from zoo.diffusion import schedules
-from zoo.diffusion.samplers import METHODS, Method, Sampler
+from zoo.diffusion.samplers import DDIM, DDPM, METHODS, Method, Sampler
 from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.models.noising import Noising
 from zoo.pipelines import PIPELINES, Pipeline, published_scheduler
@@ -213,8 +212,8 @@ def sampler_of(
         named = METHODS[method]
         if type(named) is type(published):
             named = published
-        elif pipeline.vae is not None and hasattr(named, "clip"):
-            named = replace(named, **{"clip": None})
+        elif pipeline.vae is not None and isinstance(named, DDPM | DDIM):
+            named = replace(named, clip=None)
         method = named
     steps = usual_steps(pipeline) if steps is None else steps
     return _sampler(noising, method or published, steps, strength)

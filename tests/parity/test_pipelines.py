@@ -33,4 +33,6 @@ def test_scheduler_and_settings_are_written_as_they_were(tmp_path) -> None:
     again = zoo.from_pretrained(tmp_path / "out")
     assert again.scheduler == pipeline.scheduler
     assert again.transformer.config == pipeline.transformer.config
-    assert pipeline.transformer.config.noising.target == "image" and pipeline.transformer.config.noising.timesteps == 300
+    assert (
+        pipeline.transformer.config.noising.target == "image" and pipeline.transformer.config.noising.timesteps == 300
+    )

@@ -176,8 +176,11 @@ def settings(source: str, request: Request, pipeline: Pipeline, size: tuple[int,
 
 
 @contextlib.contextmanager
-def progress(steps: int) -> Iterator[Callback]:
-    """A bar on the terminal while it samples, and what tells it of steps."""
+def progress(steps: int) -> Iterator[Callback | None]:
+    """A bar on the terminal while it samples, and what tells it of steps; None where no person looks."""
+    if not (is_first() and sys.stderr.isatty()):
+        yield None
+        return
     bar = Progress(
         TextColumn("{task.description}"),
         MofNCompleteColumn(),
@@ -185,7 +188,6 @@ def progress(steps: int) -> Iterator[Callback]:
         TimeRemainingColumn(),
         console=Console(stderr=True, highlight=False),
         transient=True,
-        disable=not (is_first() and sys.stderr.isatty()),
     )
     with bar:
         task = bar.add_task("compiling", total=steps)
