@@ -15,6 +15,7 @@ from zoo.diffusion.schedules import ScheduleError
 from zoo.image_generation import DrawingError, draw, sampler_of, text_tokens
 from zoo.models.noising import Noising
 from zoo.pipelines import Pipeline
+from zoo.published_folder import PretrainedError
 
 FOLDER = Path(__file__).parent / "parity" / "pipelines"
 KINDS = ("text", "classes", "unconditional")
@@ -77,7 +78,7 @@ def test_prompts_that_are_too_long_are_cut_and_said_to_be(pipelines) -> None:
     assert long[-1] == end and (long[:-1] != end).all() and (short[2:] == end).all()
 
 
-def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines) -> None:
+def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_path) -> None:
     assert pipelines["text"].unet.config.noising == Noising("scaled_linear", 300, "velocity", 0.001, 0.015)
     assert sampler_of(pipelines["text"]).path.steps == 51  # PLMS goes its first step twice.
     assert sampler_of(pipelines["unconditional"]).clip == 1.5
@@ -88,8 +89,11 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines) -> Non
     assert own is sampler_of(pipelines["classes"], steps=4) and own.clip is None
     assert own is not sampler_of(pipelines["classes"], method=Euler(), steps=4)
     strange = replace(pipelines["classes"], scheduler=dict(pipelines["classes"].scheduler) | {"beta_end": 0.02})
-    with pytest.raises(DrawingError, match=r"the network has .*0\.015.* and its pipeline's scheduler .*0\.02"):
+    with pytest.raises(PretrainedError, match=r"transformer was trained under .*0\.015.* scheduler has .*0\.02"):
         sampler_of(strange)
+    with pytest.raises(PretrainedError, match="transformer was trained under"):
+        zoo.save_pretrained(strange, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -119,6 +123,12 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines) -> Non
         ("unconditional", {"mask": np.ones((8, 12, 1))}, "a mask says which parts of an image stay, and no image"),
         ("unconditional", {"image": np.ones((8, 12, 1)), "strength": 1.5}, "strength 1.5 is no share of the steps"),
         ("unconditional", {"image": np.ones((8, 12, 3))}, r"the image has shape \(8, 12, 3\), .* give \(8, 12, 1\)"),
+        (
+            "unconditional",
+            {"noise": np.ones((1, 8, 8, 1))},
+            r"the noise has shape \(1, 8, 8, 1\), .* give \(8, 12, 1\)",
+        ),
+        ("text", {"prompts": "a", "negative_prompt": "b", "guidance": 1}, "guidance 1 leads away from nothing"),
         ("unconditional", {"rescale": 2.0}, "guidance rescale 2.0 is not a share"),
     ],
 )

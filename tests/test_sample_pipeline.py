@@ -95,6 +95,7 @@ def test_an_image_is_painted_anew_where_the_mask_says(here, capsys) -> None:
         ("unconditional --out white.png", "--out white.png is there already: name another file"),
         ("unconditional --out white.jpg", "--out white.jpg is no PNG file"),
         ("unconditional --columns 0", "--columns 0 make no grid"),
+        ("unconditional --seed=-1", "--seed -1 is not a seed: choose a whole number from 0"),
         ("unconditional --count 0", "0 images are none"),
         ("unconditional --promt cat", "unknown flag --promt: did you mean --prompt?"),
         ("unconditional --dtype bfloat", "dtype 'bfloat' is unknown"),

@@ -19,7 +19,7 @@ from zoo.diffusion import schedules
 from zoo.diffusion.samplers import DDIM, DDPM, METHODS, Method, Sampler
 from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.models.noising import Noising
-from zoo.pipelines import PIPELINES, Pipeline, published_scheduler
+from zoo.pipelines import PIPELINES, Pipeline, scheduler_of
 from zoo.sharding import constrain
 
 
@@ -70,7 +70,7 @@ def generate(
     noise: that which sampling begins with, as the network takes it, [B, y, x, C]; None draws it.
     callback: told of every step, and of what the network takes then.
     """
-    network, vae, (rows, y, x) = denoiser(pipeline), pipeline.vae, shape
+    network, vae = denoiser(pipeline), pipeline.vae
     draw_key, encode_key = jax.random.split(key)
     factor = 1 if vae is None else vae.config.factor
     start, painted = image, mask
@@ -88,7 +88,7 @@ def generate(
         return network(x, time, **({} if name is None else {name: told}))[..., :channels]
 
     denoise = guided(ask, given, blank, scale=guidance, rescale=rescale)
-    size = (rows, y // factor, x // factor, channels)
+    size = latent_shape(pipeline, shape)
     images = sample(denoise, sampler, size, draw_key, image=start, mask=painted, noise=noise, callback=callback)
     if vae is not None:
         images = vae.decode(vae.config.unscaled(images))
@@ -134,6 +134,8 @@ def draw(
     _check_parts(pipeline)
     sizes = wanted_size(pipeline, np.shape(image)[-3:-1] if size is None and image is not None else size)
     scale = _checked_guidance(pipeline, USUAL[pipeline.kind].guidance if guidance is None else guidance)
+    if negative_prompt and scale == 1.0:
+        raise DrawingError("guidance 1 leads away from nothing: raise it, or leave the negative prompt out")
     sampler = sampler_of(pipeline, steps=steps, method=method, strength=share_of_steps(image, mask, strength))
     given, blank, rows = _told(pipeline, prompts, negative_prompt, classes, count)
     shape = (rows, *sizes)
@@ -148,7 +150,7 @@ def draw(
         rescale=rescale,
         image=_rows("image", image, (*shape, image_channels(pipeline))),
         mask=_rows("mask", mask, (*shape, 1)),
-        noise=noise,
+        noise=_rows("noise", noise, latent_shape(pipeline, shape)),
         callback=callback,
     )
 
@@ -167,6 +169,12 @@ def told_by(pipeline: Pipeline) -> str | None:
 
 def image_channels(pipeline: Pipeline) -> int:
     return (pipeline.vae or denoiser(pipeline)).config.image_channels
+
+
+def latent_shape(pipeline: Pipeline, shape: tuple[int, int, int]) -> tuple[int, int, int, int]:
+    """[B, y, x, C] of what the network takes for images of (B, Y, X)."""
+    (rows, y, x), factor = shape, 1 if pipeline.vae is None else pipeline.vae.config.factor
+    return rows, y // factor, x // factor, denoiser(pipeline).config.image_channels
 
 
 def size_multiple(pipeline: Pipeline) -> int:
@@ -202,9 +210,7 @@ def sampler_of(
 
     A method by name is the scheduler's own where that is of its kind, else that of METHODS, and bounds no latents.
     """
-    noising, published = published_scheduler(pipeline.kind, pipeline.scheduler)
-    if (found := denoiser(pipeline).config.noising) != noising:
-        raise DrawingError(f"the network has {found}, and its pipeline's scheduler {noising}: give both the same")
+    noising, published = scheduler_of(pipeline)
     if isinstance(method, str):
         if method not in METHODS:
             nearest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
@@ -245,7 +251,7 @@ def text_tokens(pipeline: Pipeline, texts: Sequence[str]) -> np.ndarray:
             lost = words.decode(bare[limit - frame :])
             warnings.warn(
                 f"the text encoder reads {limit} tokens and a prompt has {len(ids)}: it is cut before {lost!r}",
-                stacklevel=3,
+                stacklevel=4,
             )
             ids = [*ids[: limit - 1], ids[-1]]  # The last one ends the text.
         row[: len(ids)] = ids

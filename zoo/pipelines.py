@@ -118,6 +118,19 @@ def published_scheduler(kind: str, fields: Mapping[str, Any]) -> published_sched
     )
 
 
+def scheduler_of(pipeline: Pipeline) -> published_schedulers.Scheduler:
+    """What the pipeline's scheduler says; raises PretrainedError where its network was trained under other noise."""
+    found = published_scheduler(pipeline.kind, pipeline.scheduler)
+    for name in NETWORKS:
+        network = getattr(pipeline, name)
+        if network is not None and network.config.noising != found.noising:
+            raise PretrainedError(
+                f"the {name} was trained under {network.config.noising}, and the pipeline's scheduler has "
+                f"{found.noising}: give it a scheduler of the same"
+            )
+    return found
+
+
 def save_pipeline(pipeline: Pipeline, folder: Path, *, shard_bytes: int) -> None:
     """Writes a folder that diffusers loads; model_index.json, without which there is no pipeline, at the very end."""
     from zoo.pretrained import save_pretrained
@@ -136,6 +149,7 @@ def save_pipeline(pipeline: Pipeline, folder: Path, *, shard_bytes: int) -> None
         index[name] = ["diffusers" if "_class_name" in fields else "transformers", cls]
     if not isinstance(pipeline.scheduler.get("_class_name"), str):
         raise PretrainedError("the pipeline's scheduler has no _class_name: give it that of a scheduler of diffusers")
+    scheduler_of(pipeline)
     index["scheduler"] = ["diffusers", pipeline.scheduler["_class_name"]]
     for name in PIPELINES[kind]:
         if name in MODELS:

@@ -12,7 +12,7 @@ import jax
 
 from zoo import __version__, sharding
 from zoo.commands.flags import parse
-from zoo.commands.runs import Devices, split_folder
+from zoo.commands.runs import Devices, key_of, split_folder
 from zoo.train import launch
 from zoo.train.experiment import UserError
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str]) -> int:
         print(text, end="", flush=True)
 
     with sharding.use(session.mesh):
-        result = sampler.sample(model, session.experiment.data, jax.random.key(draw.seed), folder, emit)
+        result = sampler.sample(model, session.experiment.data, key_of(draw.seed), folder, emit)
     picture = Path(result)
     if not streamed and picture.suffix == ".png" and picture.is_file() and jax.process_index() == 0:
         from zoo.train import pictures

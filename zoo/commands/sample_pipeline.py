@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import zoo
 from zoo import sharding
 from zoo.commands.flags import parse
-from zoo.commands.runs import Devices
+from zoo.commands.runs import Devices, key_of
 from zoo.diffusion.sampling import Callback
 from zoo.image_generation import USUAL, draw, image_channels, sampler_of, share_of_steps, usual_steps, wanted_size
 from zoo.pipelines import Pipeline
@@ -61,6 +61,7 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
     launch.start(devices.placement())
     mesh = sharding.make_mesh(devices.mesh)
     sharding.check_used(mesh)
+    key = key_of(request.seed)
     with told_in_one_line():
         pipeline = zoo.from_pretrained(source, dtype=request.dtype, mesh=mesh)
         image, mask = given_images(request, pipeline, size)
@@ -74,7 +75,7 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
         with sharding.use(mesh), progress(sampler.path.steps) as step:
             images = draw(
                 pipeline,
-                jax.random.key(request.seed),
+                key,
                 prompts=request.prompt,
                 negative_prompt=request.negative_prompt,
                 classes=classes,
