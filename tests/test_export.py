@@ -13,7 +13,9 @@ from PIL import Image
 
 import zoo
 from zoo import cli, sharding
-from zoo.commands.export import byte_tokenizer, card, export, published_tokenizer
+from zoo.commands.export import byte_tokenizer, card, export, published_scheduler, published_tokenizer
+from zoo.diffusion.published_schedulers import from_published
+from zoo.models.noising import Noising
 from zoo.train import run_folder, session
 from zoo.train.data.masked_text import MaskedTextData
 from zoo.train.data.text import TextData
@@ -108,6 +110,19 @@ def test_a_diffusion_run_becomes_a_pipeline_that_draws_the_same(digits: Path, tm
     with sharding.use(here.mesh):
         expected = np.asarray(model(images, jnp.full(8, 7)))
     np.testing.assert_allclose(pipeline.unet(images, jnp.full(8, 7)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "noising",
+    [
+        Noising("cosine", 200, "velocity"),
+        Noising("scaled_linear", target="image", first_beta=0.001, zero_terminal_snr=True),
+        Noising("sigmoid"),
+        Noising("flow", target="velocity"),
+    ],
+)
+def test_the_scheduler_of_a_run_says_its_noise(noising: Noising) -> None:
+    assert from_published(published_scheduler(noising)).noising == noising
 
 
 def test_a_picture_of_a_run_says_how_it_was_made(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:

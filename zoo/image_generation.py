@@ -132,12 +132,14 @@ def draw(
     Raises DrawingError, or ScheduleError for steps and strengths that there are not.
     """
     _check_parts(pipeline)
+    if image is not None and np.ndim(image) not in (3, 4):
+        raise DrawingError(f"the image has shape {np.shape(image)}: give [Y, X, C], or [B, Y, X, C]")
     sizes = wanted_size(pipeline, np.shape(image)[-3:-1] if size is None and image is not None else size)
     scale = _checked_guidance(pipeline, USUAL[pipeline.kind].guidance if guidance is None else guidance)
-    if negative_prompt and scale == 1.0:
-        raise DrawingError("guidance 1 leads away from nothing: raise it, or leave the negative prompt out")
     sampler = sampler_of(pipeline, steps=steps, method=method, strength=share_of_steps(image, mask, strength))
     given, blank, rows = _told(pipeline, prompts, negative_prompt, classes, count)
+    if negative_prompt and scale == 1.0:
+        raise DrawingError("guidance 1 leads away from nothing: raise it, or leave the negative prompt out")
     shape = (rows, *sizes)
     return _generate(
         pipeline,
