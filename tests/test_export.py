@@ -2,16 +2,20 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 import zoo
 from zoo import cli, sharding
-from zoo.commands.export import byte_tokenizer, card, export, published_tokenizer
+from zoo.commands.export import byte_tokenizer, card, export, published_scheduler, published_tokenizer
+from zoo.diffusion.published_schedulers import from_published
+from zoo.models.noising import Noising
 from zoo.train import run_folder, session
 from zoo.train.data.masked_text import MaskedTextData
 from zoo.train.data.text import TextData
@@ -77,6 +81,60 @@ def test_a_model_of_diffusers_is_said_to_be_one(tmp_path: Path) -> None:
     assert "library_name: diffusers" in text and "AutoencoderKL, 241,749 parameters" in text
 
 
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a diffusion model."""
+    folder = tmp_path_factory.mktemp("runs") / "digits"
+    sizes = ("--model.channels", "4", "8", "--model.groups", "2", "--model.num-heads", "2", "--batch-size", "8")
+    short = ("--steps", "1", "--sampler.rows", "1", "--sampler.columns", "8", "--sampler.steps", "2")
+    assert cli.main(["train", "ddpm-digits", *sizes, *short, "--no-compile-cache", "--run", str(folder)]) == 0
+    return folder
+
+
+def test_a_diffusion_run_becomes_a_pipeline_that_draws_the_same(digits: Path, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    target = tmp_path / "my-digits"
+    assert cli.main(["export", str(digits), str(target)]) == 0
+    index = json.loads((target / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline" and index["scheduler"] == ["diffusers", "DDPMScheduler"]
+    card = (target / "README.md").read_text()
+    assert "unconditional-image-generation" in card and "library_name: diffusers" in card
+    exec(
+        compile(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0].replace("steps=100", "steps=2"), "card", "exec")
+    )
+    here = session.reopen(digits, Placement())
+    model, _ = session.trained_model(digits, here)
+    pipeline = zoo.from_pretrained(target)
+    assert pipeline.unet.config.noising == model.config.noising and pipeline.unet.config.image_size == (8, 8)
+    images = jnp.ones((8, 8, 8, 1))
+    with sharding.use(here.mesh):
+        expected = np.asarray(model(images, jnp.full(8, 7)))
+    np.testing.assert_allclose(pipeline.unet(images, jnp.full(8, 7)), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "noising",
+    [
+        Noising("cosine", 200, "velocity"),
+        Noising("scaled_linear", target="image", first_beta=0.001, zero_terminal_snr=True),
+        Noising("sigmoid"),
+        Noising("flow", target="velocity"),
+    ],
+)
+def test_the_scheduler_of_a_run_says_its_noise(noising: Noising) -> None:
+    assert from_published(published_scheduler(noising)).noising == noising
+
+
+def test_a_picture_of_a_run_says_how_it_was_made(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ("--steps", "2", "--rows", "1", "--seed", "5", "--no-compile-cache")
+    assert cli.main(["sample", str(digits), *flags]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    with Image.open(path) as image:
+        told = dict(getattr(image, "text", {}))
+    assert path == digits / "samples.png" and told["seed"] == "5" and told["step"] == "1"
+    assert "steps=2" in told["sampler"] and told["recipe"] == "ddpm-digits"
+
+
 def test_every_byte_is_its_own_token(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(byte_tokenizer().to_str())
     found = zoo.tokenizer(tmp_path)
@@ -111,7 +169,6 @@ def test_the_tokens_of_an_objective_go_along(tmp_path: Path) -> None:
     ("name", "model", "words"),
     [
         ("gpt-nano", {"windows": (None, 16)}, "windows (None, 16): GPT-2's published layout has dense layers alone"),
-        ("ddpm-digits", {}, "a run of ddpm-digits, and a UNet has no published form"),
         ("vit-digits", {}, "a ViT with pool 'mean' has no published form"),
         ("gpt-nano", {}, "no checkpoint"),
     ],

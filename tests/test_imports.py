@@ -18,6 +18,7 @@ ORDER = (
     {"zoo.models"},
     {
         "zoo.generation",
+        "zoo.image_generation",
         "zoo.beam_search",
         "zoo.diffusion",
         "zoo.pipelines",

@@ -1,11 +1,14 @@
-"""Images as PNG files: one grid of many, written whole or not at all."""
+"""Images as PNG files: one grid of many, written whole or not at all, with how they were made; and images read."""
 
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+
+from zoo.train.experiment import UserError
 
 CAPTION_HEIGHT = 15  # pixels
 
@@ -39,12 +42,52 @@ def captioned(images: np.ndarray, captions: Sequence[str], columns: int, *, scal
     return grid(np.concatenate([tiles, np.stack(lines)], 1), columns, gap=4)
 
 
-def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Writes pixels [Y, X, C] uint8 (C is 1, 3 or 4) to `path`, by way of a temporary file beside it."""
+def write_png(pixels: np.ndarray, path: Path, *, text: Mapping[str, str] | None = None) -> None:
+    """Writes pixels [Y, X, C] uint8 (C is 1, 3 or 4) to `path`, by way of a temporary file beside it.
+
+    text: of the picture, by keyword, as the file's tEXt chunks (iTXt where it is not Latin-1).
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    told = PngImagePlugin.PngInfo()
+    for keyword, value in (text or {}).items():
+        told.add_text(keyword, value)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(temporary, format="PNG")
+        image = Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels)
+        image.save(temporary, format="PNG", pnginfo=told)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def describe(path: Path, text: Mapping[str, str]) -> None:
+    """Writes a PNG again with `text`, as `write_png` has it."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image)
+    write_png(pixels[..., None] if pixels.ndim == 2 else pixels, path, text=text)
+
+
+def read_image(path: Path, channels: int) -> np.ndarray:
+    """The image of a file as [Y, X, C] uint8, upright, of 1 or 3 channels; raises UserError where there is none."""
+    modes = {1: "L", 3: "RGB"}
+    if channels not in modes:
+        raise UserError(f"{path} cannot be read as an image of {channels} channels: those of 1 and 3 are")
+    try:
+        with warnings.catch_warnings(), Image.open(path) as image:
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            upright = ImageOps.exif_transpose(image).convert(modes[channels])
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there: name an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as problem:
+        reason = str(problem).splitlines()[0] if str(problem) else type(problem).__name__
+        raise UserError(f"{path} is no whole image ({reason}): give another file") from None
+    pixels = np.asarray(upright)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def resized(pixels: np.ndarray, size: tuple[int, int], *, smooth: bool = True) -> np.ndarray:
+    """pixels [Y, X, C] uint8 as [*size, C]."""
+    way = Image.Resampling.LANCZOS if smooth else Image.Resampling.NEAREST
+    y, x = size
+    planes = [np.asarray(Image.fromarray(plane).resize((x, y), way)) for plane in np.moveaxis(pixels, -1, 0)]
+    return np.stack(planes, -1)

@@ -23,7 +23,7 @@ HELP = """\
 usage: zoo VERB ...
 
   zoo train RECIPE [flags]   train a recipe; --run FOLDER names the run, and resumes it if it exists
-  zoo sample RUN [flags]     draw from a trained model
+  zoo sample RUN [flags]     draw from a trained model, or from a published diffusion pipeline
   zoo eval RUN [flags]       held-out figures of a run
   zoo export RUN FOLDER      a trained model as a published folder, with tokenizer and card
   zoo convert FOLDER OUT     weights of transformers' former Flax classes, as safetensors

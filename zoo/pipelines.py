@@ -8,13 +8,14 @@ import json
 import shutil
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from zoo.diffusion import published_schedulers
 from zoo.published_folder import PIPELINE_INDEX, PretrainedError, read_json, write_json
 from zoo.tokenizers import FILES as TOKENIZER_FILES
 from zoo.tokenizers import Tokenizer, tokenizer
@@ -42,6 +43,9 @@ SETTINGS = {"DiTPipeline": ("id2label",), "StableDiffusionPipeline": ("requires_
 """What model_index.json says of each pipeline besides its parts."""
 
 MODELS = ("unet", "transformer", "vae", "text_encoder")
+NETWORKS = ("unet", "transformer")
+"""Models that denoise: what noise they were trained under, the scheduler says."""
+
 SCHEDULER = "scheduler_config.json"
 
 
@@ -80,7 +84,10 @@ class Pipeline:
 
 
 def read_pipeline(folder: Path, **how: Any) -> Pipeline:
-    """The pipeline of a folder; `how` its models are read is what `zoo.from_pretrained` takes."""
+    """The pipeline of a folder; `how` its models are read is what `zoo.from_pretrained` takes.
+
+    The `noising` of its network's config is what the scheduler says.
+    """
     from zoo.pretrained import read_model
 
     index = read_json(folder / PIPELINE_INDEX)
@@ -96,9 +103,32 @@ def read_pipeline(folder: Path, **how: Any) -> Pipeline:
     for name in MODELS:  # What can be refused is refused before weights are read.
         if name in parts:
             _check_class(*parts[name])
+    noising = published_scheduler(kind, scheduler).noising
     words = tokenizer(parts["tokenizer"][0]) if "tokenizer" in parts else None
     models: dict[str, Any] = {name: read_model(parts[name][0], **how) for name in MODELS if name in parts}
+    for name in models.keys() & NETWORKS:
+        models[name].config = replace(models[name].config, noising=noising)
     return Pipeline(kind, scheduler, tokenizer=words, settings=settings, **models)
+
+
+def published_scheduler(kind: str, fields: Mapping[str, Any]) -> published_schedulers.Scheduler:
+    """What a pipeline's scheduler says; as published, a DDIMPipeline samples by DDIM whichever scheduler it has."""
+    return published_schedulers.from_published(
+        {**fields, "_class_name": "DDIMScheduler"} if kind == "DDIMPipeline" else fields
+    )
+
+
+def scheduler_of(pipeline: Pipeline) -> published_schedulers.Scheduler:
+    """What the pipeline's scheduler says; raises PretrainedError where its network was trained under other noise."""
+    found = published_scheduler(pipeline.kind, pipeline.scheduler)
+    for name in NETWORKS:
+        network = getattr(pipeline, name)
+        if network is not None and network.config.noising != found.noising:
+            raise PretrainedError(
+                f"the {name} was trained under {network.config.noising}, and the pipeline's scheduler has "
+                f"{found.noising}: give it a scheduler of the same"
+            )
+    return found
 
 
 def save_pipeline(pipeline: Pipeline, folder: Path, *, shard_bytes: int) -> None:
@@ -119,6 +149,7 @@ def save_pipeline(pipeline: Pipeline, folder: Path, *, shard_bytes: int) -> None
         index[name] = ["diffusers" if "_class_name" in fields else "transformers", cls]
     if not isinstance(pipeline.scheduler.get("_class_name"), str):
         raise PretrainedError("the pipeline's scheduler has no _class_name: give it that of a scheduler of diffusers")
+    scheduler_of(pipeline)
     index["scheduler"] = ["diffusers", pipeline.scheduler["_class_name"]]
     for name in PIPELINES[kind]:
         if name in MODELS:

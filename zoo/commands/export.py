@@ -51,6 +51,7 @@ def export(run: Path, target: Path) -> int:
         raise UserError(f"{target} is there and not empty: name a folder that is not there yet")
     # Imported here because it needs JAX and the data's libraries, which the help above does not.
     from zoo.models.published import SpecialTokens
+    from zoo.pipelines import Pipeline
     from zoo.pretrained import save_pretrained
     from zoo.train import session as sessions
 
@@ -72,6 +73,10 @@ def export(run: Path, target: Path) -> int:
         told = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
         told |= {"model_max_length": experiment.data.length}
         files |= {"tokenizer.json": tokenizer.to_str(), "tokenizer_config.json": json.dumps(told, indent=2) + "\n"}
+    scheduler: dict[str, Any] | None = None
+    if is_drawn_from(config):
+        config = dataclasses.replace(config, image_size=experiment.data.example_shape[:2])
+        scheduler = published_scheduler(config.noising)
     config.to_published()
     session = dataclasses.replace(session, experiment=dataclasses.replace(experiment, model=config))
     model, step = sessions.trained_model(run, session)
@@ -79,8 +84,23 @@ def export(run: Path, target: Path) -> int:
     target.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (target / name).write_text(text, encoding="utf-8")
-    save_pretrained(model, target)
+    save_pretrained(model if scheduler is None else Pipeline("DDPMPipeline", scheduler, unet=model), target)
     return step
+
+
+def is_drawn_from(config: Any) -> bool:
+    """Whether a model of this config makes a pipeline by itself: a U-Net that is told no text."""
+    from zoo.models.unet import UNetConfig
+
+    return isinstance(config, UNetConfig) and config.context_width is None
+
+
+def published_scheduler(noising: Any) -> dict[str, Any]:
+    """The fields of a scheduler for a network trained under `noising`: ancestral sampling, or Euler's of a flow."""
+    from zoo.diffusion.published_schedulers import to_published
+    from zoo.diffusion.samplers import DDPM, Euler
+
+    return to_published(noising, Euler() if noising.schedule == "flow" else DDPM())
 
 
 def published_tokenizer(data: Any) -> tuple[Any, dict[str, str]]:
@@ -160,10 +180,12 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
     }
     table = "\n".join(f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows.items())
     generates = re.match(r"\w+(LMHeadModel|ForCausalLM),", rows["model"])
-    text_task = "pipeline_tag: text-generation\n" if generates else ""
+    task = "pipeline_tag: text-generation\n" if generates else ""
+    task = "pipeline_tag: unconditional-image-generation\n" if is_drawn_from(config) else task
+    use = (DRAWING if is_drawn_from(config) else LOADING).format(folder=target.name)
     library = "diffusers" if "_class_name" in fields else "transformers"
-    named = {"name": experiment.name, "library": library, "folder": target.name}
-    return CARD.format(table=table, task=text_task, version=__version__, **named)
+    named = {"name": experiment.name, "library": library, "use": use}
+    return CARD.format(table=table, task=task, version=__version__, **named)
 
 
 CARD = """\
@@ -181,8 +203,19 @@ tags: [flaxzoo, jax]
 Trained with flaxzoo {version}. Nothing was measured of it but the held-out figures above.
 
 ```python
-import zoo
-
-model = zoo.from_pretrained({folder!r})
+{use}
 ```
 """
+
+LOADING = """\
+import zoo
+
+model = zoo.from_pretrained({folder!r})"""
+
+DRAWING = """\
+import jax
+import zoo
+from zoo.image_generation import draw
+
+pipeline = zoo.from_pretrained({folder!r})
+images = draw(pipeline, jax.random.key(0), count=4, steps=100)  # [4, Y, X, C], in [-1, 1]"""

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+
 from zoo.train.experiment import Placement, UserError
 
 
@@ -24,3 +26,10 @@ def split_folder(arguments: Sequence[str], verb: str) -> tuple[Path, list[str]]:
     if not arguments or arguments[0].startswith("-"):
         raise UserError(f"name a run: zoo {verb} RUN (a folder that zoo train made)")
     return Path(arguments[0]), list(arguments[1:])
+
+
+def key_of(seed: int) -> jax.Array:
+    """The key that draws by --seed; raises UserError where the number is none."""
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed {seed} is not a seed: choose a whole number from 0 to 2**63 - 1")
+    return jax.random.key(seed)

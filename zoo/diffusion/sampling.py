@@ -26,6 +26,7 @@ def sample(
     *,
     image: jax.Array | None = None,
     mask: jax.Array | None = None,
+    noise: jax.Array | None = None,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Images of `shape` [B, Y, X, C], float32: a pure function, to be called under `jax.jit`.
@@ -35,14 +36,15 @@ def sample(
     image [B, Y, X, C]: what a sampler that begins part of the way (`strength` below 1) begins from.
     mask [B, Y, X, 1], with an image: 1 where to paint, 0 where the image stays as it is. What stays is put back after
         each step at that step's noise, always the noise of the beginning (Lugmayr et al. 2022, equation 8).
-    Raises ScheduleError where one is needed and not given.
+    noise [B, Y, X, C]: standard normal, that of the beginning; None draws it.
+    Raises ScheduleError where an image is needed and not given.
     """
     of_image, of_noise = sampler.path.first
     if image is None and (of_image or mask is not None):
         need = "a mask keeps" if mask is not None else "a sampler of less than full strength begins with"
         raise ScheduleError(f"{need} parts of an image, and none is given: give image")
     first_key, fresh_key = jax.random.split(key)
-    noise = _batched(jax.random.normal(first_key, tuple(shape)))
+    noise = _batched(jax.random.normal(first_key, tuple(shape)) if noise is None else noise)
     x = of_noise * noise
     if image is not None and of_image:
         x = of_image * image + x
