@@ -23,7 +23,8 @@ class ImageData:
     """Images of one size, in [-1, 1]."""
 
     source: str = "digits"
-    """digits (scikit-learn's, 8 x 8), a TFDS name[/config][:version], or a folder of pictures, one folder a class."""
+    """digits (scikit-learn's, 8 x 8), a TFDS name[/config][:version], or a folder: of pictures, one folder a class, or
+    of the IDX files of MNIST and sets like it."""
     size: int | None = None
     """Bring images to this height and width: the middle square, scaled. Needed where they differ in size."""
     flip: bool = False
