@@ -8,6 +8,7 @@ from zoo.train.recipes import gpt2, gpt3
 from zoo.train.recipes.autoencoder import autoencoder_digits
 from zoo.train.recipes.bart import bart_base, bart_nano
 from zoo.train.recipes.bert import bert_base, bert_nano
+from zoo.train.recipes.ddpm import ddpm_cifar10, ddpm_fashion
 from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
 from zoo.train.recipes.llama import llama_3_2_1b, llama_nano
@@ -19,6 +20,8 @@ from zoo.train.recipes.xlnet import xlnet_base, xlnet_nano
 RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "gpt-nano": gpt_nano,
     "ddpm-digits": ddpm_digits,
+    "ddpm-fashion": ddpm_fashion,
+    "ddpm-cifar10": ddpm_cifar10,
     "autoencoder-digits": autoencoder_digits,
     "vit-digits": vit_digits,
     "vit-s16": vit_s16,

@@ -354,6 +354,15 @@ PRESETS: dict[str, UNetConfig] = {
         groups=8,
         noising=Noising("cosine"),
     ),
+    "ddpm-fashion": UNetConfig(
+        image_channels=1,
+        image_size=(28, 28),
+        channels=(64, 128, 128),
+        attention_levels=(1, 2),
+        num_heads=4,
+        dropout=0.1,
+        noising=Noising("cosine"),
+    ),
     "stable-diffusion-v1-5": UNetConfig(**_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768),
     "stable-diffusion-2-1": UNetConfig(
         **_STABLE_DIFFUSION,
