@@ -14,7 +14,7 @@ from zoo.train.data.splits import check_fraction, content_hash, held_out
 from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
 from zoo.train.experiment import UserError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Example(NamedTuple):
@@ -115,7 +115,7 @@ class ImageFolder:
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        return files_by_split(self._path, _SUFFIXES)
+        return files_by_split(self._path, SUFFIXES)
 
     @cached_property
     def _undivided(self) -> Undivided:

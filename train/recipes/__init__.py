@@ -13,6 +13,7 @@ from zoo.train.recipes.ddpm_digits import ddpm_digits
 from zoo.train.recipes.gpt_nano import gpt_nano
 from zoo.train.recipes.llama import llama_3_2_1b, llama_nano
 from zoo.train.recipes.t5 import t5_base, t5_nano
+from zoo.train.recipes.text_to_image import text_to_digits, text_to_emoji
 from zoo.train.recipes.transformer import transformer_base, transformer_big, transformer_nano
 from zoo.train.recipes.vit import vit_b16, vit_digits, vit_s16
 from zoo.train.recipes.xlnet import xlnet_base, xlnet_nano
@@ -23,6 +24,8 @@ RECIPES: dict[str, Callable[[], Experiment[Any, Any, Any, Any]]] = {
     "ddpm-fashion": ddpm_fashion,
     "ddpm-cifar10": ddpm_cifar10,
     "autoencoder-digits": autoencoder_digits,
+    "text-to-digits": text_to_digits,
+    "text-to-emoji": text_to_emoji,
     "vit-digits": vit_digits,
     "vit-s16": vit_s16,
     "vit-b16": vit_b16,

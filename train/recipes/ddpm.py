@@ -45,10 +45,11 @@ def ddpm_cifar10() -> DDPM:
 def ddpm_fashion() -> DDPM:
     """A DDPM on images of 28 x 28 in a folder of IDX files, such as Fashion-MNIST's.
 
-    Command:   zoo train ddpm-fashion --data.source FOLDER      FOLDER: the four files, train-images-idx3-ubyte.gz and so on
-    Data:      ./fashion-mnist unless given: the files of github.com/zalandoresearch/fashion-mnist, which is MIT-licensed;
-               their 10,000 test images are held out. MNIST's files, and others of that form, do as well
-    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.4 M parameters; cosine schedule
+    Command:   zoo train ddpm-fashion --data.source FOLDER
+    Data:      ./fashion-mnist unless given: the four files of github.com/zalandoresearch/fashion-mnist, which is under
+               the MIT licence, train-images-idx3-ubyte.gz and so on; the 10,000 images for tests are held out. MNIST's
+               do as well
+    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.8 M parameters; cosine schedule
     Result:    not run to its end by this project; ddpm-digits is, with the same objective
     Hardware:  one accelerator of 8 GB or more
     """
