@@ -121,14 +121,19 @@ class Images:
         """
         index, chosen, real = self.choose(step, rows)
         images = self.pixels[chosen].astype(np.float32) / 127.5 - 1
-        if self.flip and self.seed is not None:
-            mirrored = (mix(random_bits(self.seed, 1) ^ index.astype(np.uint64)) & np.uint64(1)).astype(bool)
-            images[mirrored] = images[mirrored, :, ::-1]
+        mirrored = self.mirrored(index)
+        images[mirrored] = images[mirrored, :, ::-1]
         return {
             "images": images * real[:, None, None, None].astype(np.float32),
             "labels": np.where(real, self.labels[chosen], 0).astype(np.int32),
             "weights": real.astype(np.float32),
         }
+
+    def mirrored(self, index: np.ndarray) -> np.ndarray:
+        """Which of the images with these numbers, as `choose` gives them, are mirrored; bool."""
+        if not self.flip or self.seed is None:
+            return np.zeros(index.shape, bool)
+        return (mix(random_bits(self.seed, 1) ^ index.astype(np.uint64)) & np.uint64(1)).astype(bool)
 
     def choose(self, step: int, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of rows of a global batch: their numbers in all passes, their examples, and whether these are no padding."""
