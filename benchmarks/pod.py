@@ -8,7 +8,6 @@ size that the recipe's model says.
 """
 
 import argparse
-import dataclasses
 from typing import Any
 
 import numpy as np
@@ -20,18 +19,21 @@ from zoo.train import step
 from zoo.train.recipes import RECIPES
 
 TOPOLOGY = "v5e:2x4"
-SMALL = ("ddpm-digits", "ddpm-fashion", "autoencoder-digits")
-LARGE = ("ddpm-cifar10",)
+DIGIT = (8, 8)
+"""Of a model that does not say for what size of images it is."""
+
+SMALL = ("ddpm-digits", "autoencoder-digits", "text-to-digits", "latent-digits")
+LARGE = ("ddpm-fashion", "ddpm-cifar10", "text-to-emoji", "dit-xl-2")
 
 
 def batch(experiment: Any) -> dict[str, np.ndarray]:
     """One row of a recipe's batches."""
-    model, data = experiment.model, experiment.data
-    side = data.size or getattr(model, "image_size", None) or getattr(model, "sample_size", None) or 8
+    model, length = experiment.model, getattr(experiment.data, "length", None)
+    side = getattr(model, "image_size", None) or getattr(model, "sample_size", DIGIT)
     size = side if isinstance(side, tuple) else (side, side)
-    made = {"images": np.zeros((1, *size, model.image_channels), np.float32), "weights": np.ones(1, np.float32)}
-    made["labels"] = np.zeros(1, np.int32)
-    return made
+    told = {"labels": np.zeros(1, np.int32)} if length is None else {"tokens": np.zeros((1, length), np.int32)}
+    images = np.zeros((1, *size, model.image_channels), np.float32)
+    return {"images": images, "weights": np.ones(1, np.float32), **told}
 
 
 def compiled(name: str, mesh: str) -> float:
@@ -41,10 +43,6 @@ def compiled(name: str, mesh: str) -> float:
     laid = sharding.make_mesh(mesh, devices)
     experiment = step.with_compute(RECIPES[name](), laid)
     example = batch(experiment)
-    if hasattr(experiment.model, "image_size") and experiment.model.image_size is None:
-        experiment = dataclasses.replace(
-            experiment, model=dataclasses.replace(experiment.model, image_size=example["images"].shape[1:3])
-        )
     with sharding.use(laid):
         state = step.abstract_state(experiment, laid)
         abstract = step.abstract_batch(example, experiment.batch_size, laid)

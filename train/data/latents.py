@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from zoo.models.autoencoder import LOG_VARIANCES, Autoencoder
@@ -136,7 +137,8 @@ class LatentData(ImageData):
         """
         if jax.process_count() > 1:
             raise UserError("latents are encoded by one process: start the run once with one, then with all")
-        model, sums, power, shape = self._autoencoder, {}, [], ()
+        model, sums, power = self._autoencoder, {}, []
+        shape: tuple[int, ...] = (0, 0, 0)
         encode = jax.jit(lambda model, images: model.moments(images))
         for split in SPLITS:
             images = open_images(pixels, split, batch_size=1, seed=0, flip=False).pixels
@@ -163,7 +165,7 @@ class LatentData(ImageData):
             offset = -mean * factor
         else:
             # An affine map is known by what it makes of 0 and of 1.
-            offset, end = (np.asarray(model.config.scaled(np.full(channels, x, np.float32))) for x in (0, 1))
+            offset, end = (np.asarray(model.config.scaled(jnp.full(channels, x, jnp.float32))) for x in (0, 1))
             factor = end - offset
         head = {"shape": shape, "sha256": sums, "offset": offset.tolist(), "factor": factor.tolist()}
         (folder / "latents.json").write_text(json.dumps(head, indent=2))
