@@ -49,12 +49,11 @@ class LatentSampler:
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
     ) -> str:
-        """Writes folder/samples.png, and returns its path. Every process takes part; the first decodes."""
+        """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
-        latents = self.draw(model, data.example_shape, key)
+        images = data.decoded(self.draw(model, data.example_shape, key))
         path = folder.absolute() / "samples.png"
         if jax.process_index() == 0:
-            images = data.decoded(latents)
             scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
             pictures.write_png(pictures.grid(images, self.columns, scale=scale), path)
         return str(path)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from zoo import sharding
+from zoo import models, sharding
 from zoo.layers.linear import LayerError
-from zoo.models import parameter_count
 from zoo.models.text_to_image import PRESETS
+from zoo.train.experiment import UserError
 from zoo.train.objectives import Denoising
 
 CONFIG = PRESETS["text-to-digits"]
@@ -36,7 +36,9 @@ def batch():
 
 
 def test_its_parts_and_its_cost():
-    assert parameter_count(CONFIG) == parameter_count(CONFIG.text) + parameter_count(CONFIG.network)
+    assert models.parameter_count(CONFIG) == models.parameter_count(CONFIG.text) + models.parameter_count(
+        CONFIG.network
+    )
     both = CONFIG.network.forward_flops((8, 8, 1), context_length=16) + CONFIG.text.forward_flops((16,))
     assert CONFIG.forward_flops((8, 8, 1)) == both
     assert CONFIG.blank == (320, *[0] * 15)
@@ -77,6 +79,12 @@ def test_sharded_it_learns_the_same(model, batch):
     for a, b in zip(jax.tree.leaves(cut), jax.tree.leaves(slopes), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5 * max(1.0, float(np.abs(b).max())))
     assert jnp.abs(slopes.text.stack.first_block().feedforward.up.kernel[...]).max() > 0
+
+
+def test_captions_are_left_out_of_models_of_texts_alone(batch):
+    network = models.preset("ddpm-digits").build
+    with pytest.raises(UserError, match="needs a model of texts: leave it at 0"):
+        jax.eval_shape(lambda: Denoising(caption_dropout=0.5).loss(network(nnx.Rngs(0)), batch, None))
 
 
 def test_a_share_of_captions_is_empty(batch):

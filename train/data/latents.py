@@ -7,6 +7,7 @@ The encoder says of each latent a mean and a variance. Both are kept, so that tr
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,12 +22,13 @@ from zoo.models.autoencoder import LOG_VARIANCES, Autoencoder
 from zoo.train import checkpoints, manifest, run_folder
 from zoo.train.data.cache import cache_dir, map_file, prepared
 from zoo.train.data.files import files_fingerprint
-from zoo.train.data.images import ImageData, Images, open_images
+from zoo.train.data.images import ImageData, Images, image_head, open_images
 from zoo.train.data.splits import SPLITS
 from zoo.train.experiment import DataInfo, Placement, UserError
 
 _FORMAT = 1
 _ROWS = 64  # images encoded at once
+_SHOW = 10  # seconds between lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,17 @@ class LatentData(ImageData):
         return y, x, channels // 2
 
     def fit(self, model: Any) -> Any:
-        """`model` with the channels and the size of the latents."""
+        """`model` with the channels and the size of the latents, and with the classes of the images if it has any."""
         y, x, channels = self.example_shape
         size: Any = (y, x)
         if isinstance(model.image_size, int):
             if y != x:
                 raise UserError(f"latents are {y} x {x}, and the model takes square ones: give one size by --data.size")
             size = y
-        return replace(model, image_channels=channels, image_size=size)
+        known: dict[str, Any] = {"image_channels": channels, "image_size": size}
+        if getattr(model, "num_classes", None) is not None:
+            known["num_classes"] = image_head(self._folder())["classes"]
+        return replace(model, **known)
 
     def decoded(self, latents: np.ndarray) -> np.ndarray:
         """Latents [N, y, x, C], as batches have them, to images [N, Y, X, C], float32 in [-1, 1]."""
@@ -139,6 +144,7 @@ class LatentData(ImageData):
             raise UserError("latents are encoded by one process: start the run once with one, then with all")
         model, sums, power = self._autoencoder, {}, []
         shape: tuple[int, ...] = (0, 0, 0)
+        shown = time.monotonic()
         encode = jax.jit(lambda model, images: model.moments(images))
         for split in SPLITS:
             images = open_images(pixels, split, batch_size=1, seed=0, flip=False).pixels
@@ -154,9 +160,10 @@ class LatentData(ImageData):
                         file.write(made.tobytes())
                         if split == "train":
                             power.append(_power(made.astype(np.float64)))
-                        print(f"\rencoded {first + len(rows):,} of {len(images):,}", end="", file=sys.stderr)
+                        if time.monotonic() > shown + _SHOW:
+                            shown = time.monotonic()
+                            print(f"{first + len(rows):,} of {len(images):,} {split} images encoded", file=sys.stderr)
             sums[split] = digest.hexdigest()
-        print(file=sys.stderr)
         channels = shape[-1] // 2
         if self._is_run:
             count, total, squares = np.sum(power, 0)

@@ -91,8 +91,8 @@ def saved(run, model, step):
 
 def test_a_model_is_fitted_to_them(published):
     data = LatentData(autoencoder=str(published))
-    fitted = data.fit(dataclasses.replace(models.preset("dit-digits"), image_channels=3, image_size=16))
-    assert (fitted.image_channels, fitted.image_size) == (4, 4)
+    fitted = data.fit(dataclasses.replace(models.preset("dit-digits"), image_channels=3, image_size=16, num_classes=3))
+    assert (fitted.image_channels, fitted.image_size, fitted.num_classes) == (4, 4, 10)
     assert data.fit(models.preset("ddpm-digits")).image_size == (4, 4)
 
 
