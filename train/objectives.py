@@ -171,10 +171,11 @@ class Denoising:
     """Mean squared error of what a denoising network predicts at random times, over batches of images, weights [B].
 
     The noise and the target are the model's: `model.config.noising`. A model of classes (`num_classes` in its config)
-    is given those of `labels` [B] as well.
+    is given those of `labels` [B] as well, a model of texts (`text` in its config) `tokens` [B, S].
     weighting, gamma: "simple", or "min_snr" (Hang et al. 2023), see zoo.diffusion.losses.weights.
     times: "uniform", or on the schedule "flow" also "logit_normal", of Esser et al. 2024.
     class_dropout: share of images that come as of no class, for guidance (Ho and Salimans 2022).
+    caption_dropout: share of images whose text is the empty one, for the same.
     bits_per_dimension: whether evaluations sum up the variational bound as well, of images of 8 bits. It asks the
     network as often as the schedule has steps.
     """
@@ -183,13 +184,13 @@ class Denoising:
     gamma: float = 5.0
     times: Literal["uniform", "logit_normal"] = "uniform"
     class_dropout: float = 0.0
+    caption_dropout: float = 0.0
     bits_per_dimension: bool = False
 
     def loss(self, model: Any, batch: Batch, key: jax.Array | None) -> Loss:
         schedule = schedules.make(model.config.noising)
         images, weights = batch["images"], batch["weights"]
-        classes = getattr(model.config, "num_classes", None)
-        self._check(model.config, schedule, classes)
+        self._check(model.config, schedule)
         rows = images.shape[0]
         if key is None:
             # The same times and noise at every evaluation, and plain errors: losses differ by the model alone.
@@ -198,12 +199,7 @@ class Denoising:
         else:
             time_key, noise_key, drop_key, dropout_key = jax.random.split(key, 4)
             times, weighting = self._times(schedule, rows, time_key), self.weighting
-        given = {}
-        if classes is not None:
-            given["classes"] = batch["labels"]
-            if drop_key is not None and self.class_dropout:
-                drops = jax.random.bernoulli(drop_key, self.class_dropout, (rows,))
-                given["classes"] = jnp.where(drops, classes, batch["labels"])
+        given = self._given(model.config, batch, drop_key)
 
         def denoise(x: jax.Array, t: jax.Array) -> jax.Array:
             return model(x, t, key=dropout_key, **given)
@@ -232,6 +228,21 @@ class Denoising:
         bits = {"bits_per_dimension": metrics["bits"] / weight} if "bits" in metrics else {}
         return {"loss": total / weight} | bits
 
+    def _given(self, config: Any, batch: Batch, key: jax.Array | None) -> dict[str, jax.Array]:
+        """What the network is told beside images and times; a share of it, with a key, is that there is nothing."""
+        told: tuple[str, jax.Array, jax.Array, float] | None = None
+        if (classes := getattr(config, "num_classes", None)) is not None:
+            told = ("classes", batch["labels"], jnp.asarray(classes), self.class_dropout)
+        elif getattr(config, "text", None) is not None:
+            told = ("tokens", batch["tokens"], jnp.array(config.blank), self.caption_dropout)
+        if told is None:
+            return {}
+        name, values, none, share = told
+        if key is not None and share:
+            drops = jax.random.bernoulli(key, share, values.shape[:1])
+            values = jnp.where(drops.reshape(-1, *(1,) * (values.ndim - 1)), none.astype(values.dtype), values)
+        return {name: values}
+
     def _times(self, schedule: schedules.Discrete | schedules.Flow, rows: int, key: jax.Array) -> jax.Array:
         if isinstance(schedule, schedules.Discrete):
             return jax.random.randint(key, (rows,), 0, schedule.timesteps)
@@ -239,10 +250,13 @@ class Denoising:
             return schedule.timesteps * jax.nn.sigmoid(jax.random.normal(key, (rows,)))
         return schedule.timesteps * jax.random.uniform(key, (rows,))
 
-    def _check(self, config: Any, schedule: schedules.Discrete | schedules.Flow, classes: int | None) -> None:
-        if not 0 <= self.class_dropout <= 1:
-            raise UserError(f"--objective.class-dropout {self.class_dropout} is not a share: choose from 0 to 1")
-        if self.class_dropout and (classes is None or not getattr(config, "null_class", False)):
+    def _check(self, config: Any, schedule: schedules.Discrete | schedules.Flow) -> None:
+        for name, share in (("class", self.class_dropout), ("caption", self.caption_dropout)):
+            if not 0 <= share <= 1:
+                raise UserError(f"--objective.{name}-dropout {share} is not a share: choose from 0 to 1")
+        if self.caption_dropout and getattr(config, "text", None) is None:
+            raise UserError(f"--objective.caption-dropout {self.caption_dropout} needs a model of texts: leave it at 0")
+        if self.class_dropout and not getattr(config, "null_class", False):
             raise UserError(
                 f"--objective.class-dropout {self.class_dropout} needs a row for no class: "
                 "set the model's num_classes and null_class, or leave it at 0"

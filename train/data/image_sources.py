@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, a folder of pictures, TFDS; each read as examples of two splits."""
+"""Where images come from: scikit-learn's digits, a folder of pictures or of IDX files, TFDS; each as two splits."""
 
 import importlib.metadata
 from collections.abc import Callable, Iterator
@@ -9,11 +9,12 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from zoo.train.data.files import files_by_split, files_fingerprint
+from zoo.train.data.idx_files import idx_files, read_idx
 from zoo.train.data.splits import check_fraction, content_hash, held_out
 from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
 from zoo.train.experiment import UserError
 
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class Example(NamedTuple):
@@ -51,13 +52,13 @@ def image_source(source: str, size: int | None, image_field: str, label_field: s
         return Digits(size, fraction)
     path = Path(source).expanduser()
     if source and path.exists():
-        return ImageFolder(path, size, fraction)
+        return IdxFolder(path, size) if idx_files(path) else ImageFolder(path, size, fraction)
     if not source or path.is_absolute() or source.startswith((".", "~")):
-        raise UserError(f"no folder {source!r}: give a folder of pictures, or a TFDS name")
+        raise UserError(f"no folder {source!r}: give a folder of pictures or of IDX files, or a TFDS name")
     return TfdsImages(source, size, image_field, label_field, fraction)
 
 
-class _Undivided:
+class Undivided:
     """Examples without a split of their own, divided by content; the pass that decides is made once."""
 
     def __init__(self, read: Callable[[], Iterator[Example]], fraction: float):
@@ -79,7 +80,7 @@ class Digits:
 
     def __init__(self, size: int | None, fraction: float):
         self._size, self._fraction = size, fraction
-        self._undivided = _Undivided(self._read, fraction)
+        self._undivided = Undivided(self._read, fraction)
 
     name = "digits"
 
@@ -95,7 +96,7 @@ class Digits:
         digits: Any = load_digits()
         images = np.round(digits.images * (255 / 16)).astype(np.uint8)[..., None]
         for image, label in zip(images, digits.target, strict=True):
-            yield Example(_resized(image, self._size), int(label))
+            yield Example(resized(image, self._size), int(label))
 
 
 class ImageFolder:
@@ -114,11 +115,11 @@ class ImageFolder:
 
     @cached_property
     def _files(self) -> dict[str, list[Path]]:
-        return files_by_split(self._path, _SUFFIXES)
+        return files_by_split(self._path, SUFFIXES)
 
     @cached_property
-    def _undivided(self) -> _Undivided:
-        return _Undivided(lambda: self._read(self._files[""]), self._fraction)
+    def _undivided(self) -> Undivided:
+        return Undivided(lambda: self._read(self._files[""]), self._fraction)
 
     def fingerprint(self) -> str:
         return f"{files_fingerprint(self._path, self._files)} {self._size} {self._fraction}"
@@ -130,23 +131,27 @@ class ImageFolder:
         classes = sorted({file.parent.name for members in self._files.values() for file in members})
         grey: bool | None = None
         for file in files:
-            image, is_grey = self._picture(file, grey)
+            image, is_grey = read_picture(file, grey)
             grey = is_grey if grey is None else grey
-            yield Example(_resized(image, self._size), classes.index(file.parent.name))
+            yield Example(resized(image, self._size), classes.index(file.parent.name))
 
-    def _picture(self, file: Path, grey: bool | None) -> tuple[np.ndarray, bool]:
-        from PIL import Image
 
-        try:
-            with Image.open(file) as opened:
-                is_grey = opened.mode in ("1", "L", "LA")
-                rgba = opened.convert("RGBA")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{file} cannot be read as a picture: {error}") from error
-        white = Image.new("RGBA", rgba.size, "white")
-        picture = Image.alpha_composite(white, rgba).convert("L" if (is_grey if grey is None else grey) else "RGB")
-        pixels = np.asarray(picture)
-        return (pixels[..., None] if pixels.ndim == 2 else pixels), is_grey
+class IdxFolder:
+    """A folder of IDX files, as Fashion-MNIST is published: `train` is trained on, `t10k` held out."""
+
+    def __init__(self, path: Path, size: int | None):
+        self._path, self._size = path, size
+
+    @property
+    def name(self) -> str:
+        return self._path.resolve().name
+
+    def fingerprint(self) -> str:
+        return f"idx {files_fingerprint(self._path, idx_files(self._path))} {self._size}"
+
+    def examples(self, split: str) -> Iterator[Example]:
+        for image, label in read_idx(*idx_files(self._path)[split]):
+            yield Example(resized(image, self._size), label)
 
 
 class TfdsImages:
@@ -155,7 +160,7 @@ class TfdsImages:
     def __init__(self, name: str, size: int | None, image_field: str, label_field: str, fraction: float):
         self._name, self._size, self._fraction = name, size, fraction
         self._image_field, self._label_field = image_field, label_field
-        self._undivided = _Undivided(lambda: self._read("train"), fraction)
+        self._undivided = Undivided(lambda: self._read("train"), fraction)
 
     @property
     def name(self) -> str:
@@ -185,10 +190,10 @@ class TfdsImages:
                 raise UserError(
                     f"feature {self._image_field!r} of {self.name} is no image: choose by --data.image-field"
                 )
-            yield Example(_resized(image, self._size), int(example.get(self._label_field, 0)))
+            yield Example(resized(image, self._size), int(example.get(self._label_field, 0)))
 
 
-def _resized(image: np.ndarray, size: int | None) -> np.ndarray:
+def resized(image: np.ndarray, size: int | None) -> np.ndarray:
     """The middle square of a uint8 image [Y, X, C], scaled to [size, size, C]."""
     height, width, channels = image.shape
     if size is None or height == width == size:
@@ -200,3 +205,22 @@ def _resized(image: np.ndarray, size: int | None) -> np.ndarray:
     square = image[top : top + side, left : left + side]
     planes = [Image.fromarray(square[..., c]).resize((size, size), Image.Resampling.BICUBIC) for c in range(channels)]
     return np.stack([np.asarray(plane) for plane in planes], axis=-1)
+
+
+def read_picture(file: Path, grey: bool | None) -> tuple[np.ndarray, bool]:
+    """uint8 [Y, X, 1] where it is to be `grey`, or is where that is None, else [Y, X, 3]; and whether the file is grey.
+
+    What is transparent is white. Raises UserError where the file is no picture.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            is_grey = opened.mode in ("1", "L", "LA")
+            rgba = opened.convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{file} cannot be read as a picture: {error}") from error
+    white = Image.new("RGBA", rgba.size, "white")
+    picture = Image.alpha_composite(white, rgba).convert("L" if (is_grey if grey is None else grey) else "RGB")
+    pixels = np.asarray(picture)
+    return (pixels[..., None] if pixels.ndim == 2 else pixels), is_grey

@@ -23,7 +23,8 @@ class ImageData:
     """Images of one size, in [-1, 1]."""
 
     source: str = "digits"
-    """digits (scikit-learn's, 8 x 8), a TFDS name[/config][:version], or a folder of pictures, one folder a class."""
+    """digits (scikit-learn's, 8 x 8), a TFDS name[/config][:version], or a folder: of pictures, one folder a class, or
+    of the IDX files of MNIST and sets like it."""
     size: int | None = None
     """Bring images to this height and width: the middle square, scaled. Needed where they differ in size."""
     flip: bool = False
@@ -41,20 +42,7 @@ class ImageData:
 
     def open(self, split: str, *, batch_size: int, seed: int) -> "Images":
         """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
-        folder = self._folder()
-        head = _head(folder)
-        count = head["counts"][split]
-        pixels = map_file(folder / f"{split}.images", np.uint8).reshape(count, *head["shape"])
-        height, width, channels = head["shape"]
-        info = DataInfo(
-            name=head["name"],
-            sha256=head["sha256"][split],
-            examples=count,
-            bytes=pixels.size,
-            detail=f"{count:,} images of {height} x {width} x {channels}, {head['classes']} classes",
-        )
-        labels = map_file(folder / f"{split}.labels", np.int32)
-        return Images(info, pixels, labels, batch_size, seed if split == "train" else None, self.flip)
+        return open_images(self._folder(), split, batch_size=batch_size, seed=seed, flip=self.flip)
 
     @property
     def unit(self) -> str:
@@ -63,11 +51,11 @@ class ImageData:
     @property
     def example_shape(self) -> tuple[int, ...]:
         """(Y, X, C)."""
-        return tuple(_head(self._folder())["shape"])
+        return tuple(image_head(self._folder())["shape"])
 
     def fit(self, model: Any) -> Any:
         """`model` with the number of channels of the images, and with their size and classes where it has those."""
-        head = _head(self._folder())
+        head = image_head(self._folder())
         height, width, channels = head["shape"]
         known: dict[str, Any] = {"image_channels": channels, "image_size": (height, width)}
         if getattr(model, "num_classes", None) is not None:
@@ -78,9 +66,32 @@ class ImageData:
         return replace(model, **changed) if changed else model
 
     def _folder(self) -> Path:
-        source = image_source(self.source, self.size, self.image_field, self.label_field, self.validation_fraction)
-        name = hashlib.sha256(f"{_FORMAT} {source.fingerprint()}".encode()).hexdigest()[:24]
-        return prepared(cache_dir() / "images" / name, _complete, lambda partial: _write(partial, source))
+        return prepared_images(
+            image_source(self.source, self.size, self.image_field, self.label_field, self.validation_fraction)
+        )
+
+
+def prepared_images(source: ImageSource) -> Path:
+    """The folder that holds the pixels of a data set, written unless it is there."""
+    name = hashlib.sha256(f"{_FORMAT} {source.fingerprint()}".encode()).hexdigest()[:24]
+    return prepared(cache_dir() / "images" / name, _complete, lambda partial: _write(partial, source))
+
+
+def open_images(folder: Path, split: str, *, batch_size: int, seed: int, flip: bool) -> "Images":
+    """A split of what `prepared_images` wrote."""
+    head = image_head(folder)
+    count = head["counts"][split]
+    pixels = map_file(folder / f"{split}.images", np.uint8).reshape(count, *head["shape"])
+    height, width, channels = head["shape"]
+    info = DataInfo(
+        name=head["name"],
+        sha256=head["sha256"][split],
+        examples=count,
+        bytes=pixels.size,
+        detail=f"{count:,} images of {height} x {width} x {channels}, {head['classes']} classes",
+    )
+    labels = map_file(folder / f"{split}.labels", np.int32)
+    return Images(info, pixels, labels, batch_size, seed if split == "train" else None, flip)
 
 
 @dataclass(frozen=True)
@@ -110,23 +121,30 @@ class Images:
         images: float32 in [-1, 1], [len(rows), Y, X, C]. labels: int32 [len(rows)]. weights: float32 [len(rows)], 0
         where an example pads the last batch of a validation split.
         """
-        index = step * self.batch_size + np.asarray(rows, np.int64)
-        count = len(self.labels)
-        if self.seed is None:
-            real = index < count
-            chosen = np.where(real, index, 0)
-        else:
-            real = np.ones(index.shape, bool)
-            _, chosen = shuffled(index, count, self.seed)
+        index, chosen, real = self.choose(step, rows)
         images = self.pixels[chosen].astype(np.float32) / 127.5 - 1
-        if self.flip and self.seed is not None:
-            mirrored = (mix(random_bits(self.seed, 1) ^ index.astype(np.uint64)) & np.uint64(1)).astype(bool)
-            images[mirrored] = images[mirrored, :, ::-1]
+        mirrored = self.mirrored(index)
+        images[mirrored] = images[mirrored, :, ::-1]
         return {
             "images": images * real[:, None, None, None].astype(np.float32),
             "labels": np.where(real, self.labels[chosen], 0).astype(np.int32),
             "weights": real.astype(np.float32),
         }
+
+    def mirrored(self, index: np.ndarray) -> np.ndarray:
+        """Which of the images with these numbers, as `choose` gives them, are mirrored; bool."""
+        if not self.flip or self.seed is None:
+            return np.zeros(index.shape, bool)
+        return (mix(random_bits(self.seed, 1) ^ index.astype(np.uint64)) & np.uint64(1)).astype(bool)
+
+    def choose(self, step: int, rows: Sequence[int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of rows of a global batch: their numbers in all passes, their examples, and whether these are no padding."""
+        index = step * self.batch_size + np.asarray(rows, np.int64)
+        count = len(self.labels)
+        if self.seed is None:
+            real = index < count
+            return index, np.where(real, index, 0), real
+        return index, shuffled(index, count, self.seed)[1], np.ones(index.shape, bool)
 
 
 def _write(folder: Path, source: ImageSource) -> None:
@@ -159,13 +177,14 @@ def _write(folder: Path, source: ImageSource) -> None:
     (folder / "images.json").write_text(json.dumps(head, indent=2))
 
 
-def _head(folder: Path) -> dict[str, Any]:
+def image_head(folder: Path) -> dict[str, Any]:
+    """What `prepared_images` wrote of a data set: its name and, of its images, shape, counts, SHA-256 and classes."""
     return json.loads((folder / "images.json").read_text())
 
 
 def _complete(folder: Path) -> bool:
     try:
-        head = _head(folder)
+        head = image_head(folder)
         size = int(np.prod(head["shape"]))
         return all(
             (folder / f"{split}.images").stat().st_size == head["counts"][split] * size

@@ -32,7 +32,7 @@ class TokenizedText:
     length: int = 256
     """Tokens in a sequence."""
     tokenizer: str = "bytes"
-    """bytes, or the path of a Hugging Face tokenizer.json."""
+    """bytes, or the path of a Hugging Face tokenizer.json, or of the folder that holds it."""
     train_bpe: int | None = None
     """Train a byte-pair encoding of this vocabulary size on the training text, and use it."""
     text_field: str = "text"
@@ -121,7 +121,10 @@ class TokenizedText:
         """The tokenizer.json in use, None for bytes. A run that keeps a copy can be sampled on another machine."""
         if self.train_bpe is not None:
             return self._trained_bpe(self.train_bpe)
-        return None if self.tokenizer == "bytes" else Path(self.tokenizer).expanduser()
+        if self.tokenizer == "bytes":
+            return None
+        path = Path(self.tokenizer).expanduser()
+        return path / "tokenizer.json" if path.is_dir() else path
 
     def split_info(self, split: str) -> SplitInfo:
         """Sizes and SHA-256 of "train" or "validation"."""

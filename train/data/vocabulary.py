@@ -12,7 +12,7 @@ NAMES = {
     "classify": ("[CLS]", "<cls>"),
     "separate": ("[SEP]", "<sep>"),
     "mask": ("[MASK]", "<mask>"),
-    "begin": ("<s>",),
+    "begin": ("<s>", "<|startoftext|>"),
     "end": ("</s>",),
 }
 """What tokenizers call the token of each role."""

@@ -5,7 +5,20 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-FAMILIES = ("autoencoder", "bert", "clip", "dit", "gpt", "llama", "t5", "transformer", "unet", "vit", "xlnet")
+FAMILIES = (
+    "autoencoder",
+    "bert",
+    "clip",
+    "dit",
+    "gpt",
+    "llama",
+    "t5",
+    "text_to_image",
+    "transformer",
+    "unet",
+    "vit",
+    "xlnet",
+)
 
 
 # The `model_type` of a published config.json, or its `_class_name` (diffusers), and whose config class reads it.

@@ -377,4 +377,14 @@ PRESETS = {
         for patch in (2, 4, 8)
     },
     "dit-xl-2-512": DiTConfig(image_size=64),
+    "dit-digits": DiTConfig(
+        image_size=4,
+        patch_size=1,
+        learned_sigma=False,
+        num_layers=4,
+        width=96,
+        num_heads=4,
+        num_classes=10,
+        noising=Noising("cosine"),
+    ),
 }

@@ -1,0 +1,79 @@
+"""Pictures of models of latents and of texts: what is drawn, what is written, what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from zoo import models
+from zoo.train.caption_sampler import CaptionSampler
+from zoo.train.experiment import Sampler, UserError
+from zoo.train.latent_sampler import LatentSampler
+
+DIT = dataclasses.replace(models.preset("dit-digits"), num_layers=1, width=16, num_heads=2)
+TEXT = models.preset("text-to-digits")
+TEXT = dataclasses.replace(
+    TEXT,
+    text=dataclasses.replace(TEXT.text, num_layers=1, width=8, num_heads=2, mlp_width=8),
+    network=dataclasses.replace(TEXT.network, channels=(8,), attention_levels=(), context_width=8, num_heads=2),
+)
+
+
+class Data:
+    """Latents that are decoded to twice their size, and words that are their letters' numbers."""
+
+    example_shape = (4, 4, 4)
+
+    def decoded(self, latents: np.ndarray) -> np.ndarray:
+        return np.clip(latents[..., :1], -1, 1).repeat(2, 1).repeat(2, 2)
+
+    def rows(self, prompts: tuple[str, ...]) -> np.ndarray:
+        return np.array([[320, *map(ord, f"{prompt:<14}"), 0] for prompt in prompts], np.int32)
+
+
+def test_latents_are_drawn_unbounded_and_shown_decoded(tmp_path: Path):
+    model = jax.jit(lambda: DIT.build(nnx.Rngs(0)))()
+    sampler: Sampler = LatentSampler(rows=2, columns=3, steps=3, guidance=2.0, scale=1)
+    (path,) = [sampler.sample(model, Data(), jax.random.key(0), tmp_path)]
+    assert Image.open(path).size == (3 * 9 + 1, 2 * 9 + 1)
+    latents = LatentSampler(rows=2, columns=3, steps=3).draw(model, (4, 4, 4), jax.random.key(0))
+    assert latents.shape == (6, 4, 4, 4) and np.abs(latents).max() > 1
+
+
+def test_each_prompt_is_a_row(tmp_path: Path):
+    draw = np.random.default_rng(0)
+    # What begins at zero would hide the text.
+    build = jax.jit(lambda: TEXT.build(nnx.Rngs(0)))
+    model = jax.tree.map(lambda x: x + 0.2 * draw.standard_normal(x.shape, np.float32), build())
+    sampler: Sampler = CaptionSampler(prompts=("one", "two"), columns=3, steps=2, scale=4)
+    path = sampler.sample(model, Data(), jax.random.key(0), tmp_path)
+    assert Image.open(path).size == (3 * (32 + 4) + 4, 2 * (32 + 15 + 4) + 4)
+    one, other = (
+        CaptionSampler(prompts=("x",), columns=2, steps=2).draw(model, Data().rows((word,)), jax.random.key(0))
+        for word in ("one", "two")
+    )
+    assert one.shape == (2, 8, 8, 1) and np.abs(one - other).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("sampler", "config", "message"),
+    [
+        (CaptionSampler(), TEXT, "no text to draw"),
+        (CaptionSampler(prompts=("a",), steps=0), TEXT, "0 sampling steps are not in"),
+        (CaptionSampler(prompts=("a",), columns=0), TEXT, "0 columns"),
+        (LatentSampler(steps=1001), DIT, "1001 sampling steps are not in"),
+        (LatentSampler(rows=0), DIT, "0 x 10 images"),
+        (
+            LatentSampler(guidance=3.0),
+            dataclasses.replace(DIT, null_class=False),
+            "needs a model with a class for none",
+        ),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(sampler, config, message):
+    with pytest.raises(UserError, match=message):
+        sampler.check(config, None)

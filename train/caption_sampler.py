@@ -1,0 +1,78 @@
+"""What a trained model of texts and images shows: a grid of images, each above the text that it was drawn from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zoo.diffusion import schedules
+from zoo.diffusion.samplers import METHODS
+from zoo.diffusion.sampling import guided, sample
+from zoo.sharding import constrain
+from zoo.train import pictures
+from zoo.train.experiment import UserError
+from zoo.train.samplers import PICTURE_WIDTH
+
+
+@dataclass(frozen=True)
+class CaptionSampler:
+    """A grid of images from a text-to-image network, as PNG, with their texts below them.
+
+    prompts: the texts.  columns: images of each text, which are a row.
+    method: see zoo.diffusion.samplers.  steps: along the schedule.  guidance: scale of classifier-free guidance towards
+    the text, 1 is none.  scale: pixels a side that one pixel is drawn with (None: so many that a row is about 640
+    wide).
+    """
+
+    prompts: tuple[str, ...] = ()
+    columns: int = 4
+    method: Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"] = "ddim"
+    steps: int = 50
+    guidance: float = 3.0
+    scale: int | None = None
+
+    def check(self, model: Any, data: Any) -> None:
+        """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
+        if not self.prompts:
+            raise UserError('no text to draw: give some, as --sampler.prompts "a three" "a bold four"')
+        if not 1 <= self.steps <= model.noising.timesteps:
+            raise UserError(
+                f"{self.steps} sampling steps are not in the model's 1 to {model.noising.timesteps}: choose one"
+            )
+        METHODS[self.method].sampler(schedules.make(model.noising), self.steps)
+        if self.columns < 1 or (self.scale is not None and self.scale < 1):
+            raise UserError(f"{self.columns} columns at scale {self.scale} show nothing: choose both from 1")
+
+    def sample(
+        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
+    ) -> str:
+        """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
+        self.check(model.config, data)
+        images = self.draw(model, data.rows(self.prompts), key)
+        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
+        path = folder.absolute() / "samples.png"
+        if jax.process_index() == 0:
+            said = [prompt for prompt in self.prompts for _ in range(self.columns)]
+            pictures.write_png(pictures.captioned(images, said, self.columns, scale=scale), path)
+        return str(path)
+
+    def draw(self, model: Any, tokens: np.ndarray, key: jax.Array) -> np.ndarray:
+        """`columns` images of each text of tokens [N, S]: [N * columns, Y, X, C], float32 in [-1, 1]."""
+        config = model.config
+        table = METHODS[self.method].sampler(schedules.make(config.noising), self.steps)
+        given = tokens.repeat(self.columns, 0)
+        blank = np.broadcast_to(np.array(config.blank, np.int32), given.shape)
+        shape = (len(given), *config.image_size, config.image_channels)
+
+        @jax.jit
+        def images(model: Any, key: jax.Array) -> jax.Array:
+            # The texts are read once, and asked about at every step.
+            context, nothing = model.encode(jnp.array(given)), model.encode(jnp.array(blank))
+            denoise = guided(lambda x, t, c: model(x, t, context=c), context, nothing, scale=self.guidance)
+            return constrain(jnp.clip(sample(denoise, table, shape, key), -1, 1), None, None, None, None)
+
+        return np.asarray(images(model, key))
