@@ -65,13 +65,15 @@ def main(arguments: Sequence[str]) -> int:
 
     with sharding.use(session.mesh):
         result = sampler.sample(model, session.experiment.data, key_of(draw.seed), folder, emit)
-    picture = Path(result)
-    if not streamed and picture.suffix == ".png" and picture.is_file() and jax.process_index() == 0:
+    lines = [] if streamed else map(Path, result.splitlines())
+    made = [path for path in lines if path.suffix == ".png" and path.parent == folder.absolute() and path.is_file()]
+    if made and jax.process_index() == 0:
         from zoo.train import pictures
 
         told = {"run": str(folder), "recipe": experiment.name, "step": str(step), "seed": str(draw.seed)}
         told |= {"sampler": str(sampler), "command": shlex.join(["zoo", "sample", *arguments])}
-        pictures.describe(picture, told | {"Software": f"flaxzoo {__version__}"})
+        for path in made:
+            pictures.describe(path, told | {"Software": f"flaxzoo {__version__}"})
     print("" if streamed else result)
     return 0
 
