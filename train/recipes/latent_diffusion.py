@@ -12,13 +12,14 @@ LatentDiffusion = Experiment[DiTConfig, LatentData, Denoising, LatentSampler]
 
 
 def latent_digits() -> LatentDiffusion:
-    """A small DiT over the latents of autoencoder-digits: some minutes on two CPU cores, ends in a grid of digits.
+    """A small DiT over the latents of autoencoder-digits: for a CPU, ends in a grid of digits.
 
     Command:  zoo train autoencoder-digits --run ./autoencoder-digits
               zoo train latent-digits
     Data:     digits (1797 handwritten digits, scaled to 16 x 16), part of scikit-learn, as that run's latents of
               4 x 4 x 4; they are encoded once, and anew where the run has gone on
     Model:    4 layers of width 96 over 16 patches of 1 x 1, told the class; a tenth of them left out, for guidance
+    Result:   not run to its end by this project: 60 steps of each, drawn and decoded
     """
     return Experiment(
         name="latent-digits",
@@ -44,7 +45,7 @@ def dit_xl_2() -> LatentDiffusion:
     Schedule:  the paper's: AdamW at a constant 1e-4 without decay, batches of 256, 400,000 steps (7 million in its last
                table), an average of decay 0.9999, a tenth of the classes left out
     Not here:  the learned variance, which the paper trains by the variational bound beside the squared error
-    Result:    not run by this project; latent-digits runs the same objective to its end
+    Result:    not run by this project
     Hardware:  256 latents a step: for 8 accelerators of 32 GB or more, or --accumulate 2 and more on smaller ones
     """
     return Experiment(

@@ -10,7 +10,7 @@ TextToImage = Experiment[TextToImageConfig, CaptionedImageData, Denoising, Capti
 
 
 def text_to_digits() -> TextToImage:
-    """A U-Net that reads captions, on scikit-learn's digits: ten minutes on two CPU cores, ends in a grid of prompts.
+    """A U-Net that reads captions, on scikit-learn's digits: for a CPU, ends in a grid of prompts.
 
     Command:  zoo train text-to-digits
               zoo sample RUN --prompts "a bold seven" "the digit 4, leaning left" --guidance 5
@@ -18,6 +18,8 @@ def text_to_digits() -> TextToImage:
               of them: which one, bold or thin, leaning left or right; a byte-pair encoding of 320 is trained on those
     Model:    CLIP's text tower in 2 layers of width 64, and the U-Net of ddpm-digits attending to its states; a tenth
               of the captions are left empty, for guidance
+    Result:   not run to its end by this project; its loss falls from 0.99 at step 10 to 0.23 at step 80, seed 0, on a
+              CPU
     """
     return Experiment(
         name="text-to-digits",
@@ -43,7 +45,7 @@ def text_to_emoji() -> TextToImage:
     Data:      ./emoji unless given: pictures scaled to 32 x 32, and a byte-pair encoding of 2048 of their captions
     Model:     CLIP's text tower in 6 layers of width 256, and a U-Net of width 128 to 256 that attends to its states at
                16 x 16 and 8 x 8
-    Result:    not run to its end by this project; text-to-digits is, with the same objective
+    Result:    not run by this project; its data is read: 1,911 of Google's emoji, 190 of them held out
     Hardware:  one accelerator of 16 GB or more
     """
     return Experiment(
