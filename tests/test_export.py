@@ -106,10 +106,11 @@ def test_a_diffusion_run_becomes_a_pipeline_that_draws_the_same(digits: Path, tm
     model, _ = session.trained_model(digits, here)
     pipeline = zoo.from_pretrained(target)
     assert pipeline.unet.config.noising == model.config.noising and pipeline.unet.config.image_size == (8, 8)
-    images = jnp.ones((8, 8, 8, 1))
+    told = jnp.ones((8, 8, 8, 1)), jnp.full(8, 7)
+    classes = jnp.arange(3, 11)  # The last is none of them.
     with sharding.use(here.mesh):
-        expected = np.asarray(model(images, jnp.full(8, 7)))
-    np.testing.assert_allclose(pipeline.unet(images, jnp.full(8, 7)), expected, atol=1e-6)
+        expected = np.asarray(model(*told, classes=classes))
+    np.testing.assert_allclose(pipeline.unet(*told, classes=classes), expected, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -182,7 +182,8 @@ def card(run: Path, target: Path, config: Any, step: int) -> str:
     generates = re.match(r"\w+(LMHeadModel|ForCausalLM),", rows["model"])
     task = "pipeline_tag: text-generation\n" if generates else ""
     task = "pipeline_tag: unconditional-image-generation\n" if is_drawn_from(config) else task
-    use = (DRAWING if is_drawn_from(config) else LOADING).format(folder=target.name)
+    told = "" if getattr(config, "num_classes", None) is None else "classes=[0], "
+    use = (DRAWING if is_drawn_from(config) else LOADING).format(folder=target.name, told=told)
     library = "diffusers" if "_class_name" in fields else "transformers"
     named = {"name": experiment.name, "library": library, "use": use}
     return CARD.format(table=table, task=task, version=__version__, **named)
@@ -218,4 +219,4 @@ import zoo
 from zoo.image_generation import draw
 
 pipeline = zoo.from_pretrained({folder!r})
-images = draw(pipeline, jax.random.key(0), count=4, steps=100)  # [4, Y, X, C], in [-1, 1]"""
+images = draw(pipeline, jax.random.key(0), {told}count=4, steps=100)  # [4, Y, X, C], in [-1, 1]"""
