@@ -129,11 +129,13 @@ def test_the_scheduler_of_a_run_says_its_noise(noising: Noising) -> None:
 def test_a_picture_of_a_run_says_how_it_was_made(digits: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ("--steps", "2", "--rows", "1", "--seed", "5", "--no-compile-cache")
     assert cli.main(["sample", str(digits), *flags]) == 0
-    path = Path(capsys.readouterr().out.strip())
-    with Image.open(path) as image:
-        told = dict(getattr(image, "text", {}))
-    assert path == digits / "samples.png" and told["seed"] == "5" and told["step"] == "1"
-    assert "steps=2" in told["sampler"] and told["recipe"] == "ddpm-digits"
+    paths = [Path(line) for line in capsys.readouterr().out.split()]
+    assert paths == [digits / "samples.png", digits / "denoising.png"]
+    for path in paths:
+        with Image.open(path) as image:
+            told = dict(getattr(image, "text", {}))
+        assert told["seed"] == "5" and told["step"] == "1"
+        assert "steps=2" in told["sampler"] and told["recipe"] == "ddpm-digits"
 
 
 def test_every_byte_is_its_own_token(tmp_path: Path) -> None:
