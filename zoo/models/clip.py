@@ -113,7 +113,7 @@ class CLIPTextConfig:
             raise PublishedError(
                 f"config.json has eos_token_id {fields['eos_token_id']!r}, and a CLIP text tower here has one"
             )
-        kind = head(fields, "CLIP text tower", CLASSES)
+        kind = head(fields, "CLIP text tower", CLASSES, "none")
         return cls(
             vocab_size=size(fields, "vocab_size"),
             max_length=size(fields, "max_position_embeddings"),
