@@ -6,7 +6,7 @@ Both sides are built from one config.json, without dropout, each from its own in
 with the objective and step of its recipes, and samples with the sampler that `zoo sample` uses; a third side calls its
 network alone, as often as the sampler does, for what the sampler's loop costs beyond it. Sides are processes that take
 turns. Reported: medians of images a second (of one step of sampling: images times steps), and the peak resident size,
-which for zoo includes compilation. What bounds it, and what was tried: benchmarks/notes/diffusion.md.
+which for zoo includes compilation. What is known of it: benchmarks/notes/diffusion.md.
 """
 
 import argparse
@@ -42,10 +42,10 @@ SHAPE = (32, 32, 3)
 
 
 def train(config: Any, images: np.ndarray) -> Callable[[], float]:
-    """One training step, of the digits' recipe with this model."""
+    """One training step of the recipe, with this model."""
     mesh = sharding.make_mesh()
     experiment = dataclasses.replace(
-        RECIPES["ddpm-digits"](),
+        RECIPES["ddpm-cifar10"](),
         model=config,
         batch_size=len(images),
         ema=None,
