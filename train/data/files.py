@@ -2,12 +2,28 @@
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from zoo.train.data.splits import SPLITS
 from zoo.train.experiment import UserError
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+
+
+class LocalFiles:
+    """A data set that is a file, or files of a folder and those below it, and bears its name."""
+
+    def __init__(self, path: Path, suffixes: Sequence[str]):
+        self._path, self._suffixes = path, suffixes
+
+    @property
+    def name(self) -> str:
+        return self._path.resolve().name
+
+    @cached_property
+    def _files(self) -> dict[str, list[Path]]:
+        return files_by_split(self._path, self._suffixes)
 
 
 def files_by_split(path: Path, suffixes: Sequence[str]) -> dict[str, list[Path]]:

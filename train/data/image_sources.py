@@ -8,10 +8,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from zoo.train.data.files import files_by_split, files_fingerprint
+from zoo.train.data.files import LocalFiles, files_fingerprint
 from zoo.train.data.idx_files import idx_files, read_idx
-from zoo.train.data.splits import check_fraction, content_hash, held_out
-from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
+from zoo.train.data.splits import Undivided, check_fraction
+from zoo.train.data.tfds_sets import TfdsSet, listed, tfds_read
 from zoo.train.experiment import UserError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -58,21 +58,9 @@ def image_source(source: str, size: int | None, image_field: str, label_field: s
     return TfdsImages(source, size, image_field, label_field, fraction)
 
 
-class Undivided:
-    """Examples without a split of their own, divided by content; the pass that decides is made once."""
-
-    def __init__(self, read: Callable[[], Iterator[Example]], fraction: float):
-        self._read, self._fraction = read, fraction
-
-    @cached_property
-    def _mask(self) -> np.ndarray:
-        hashes = np.fromiter((content_hash(example.image.tobytes()) for example in self._read()), np.uint64)
-        return held_out(hashes, np.ones(len(hashes)), self._fraction)
-
-    def examples(self, split: str) -> Iterator[Example]:
-        for example, held in zip(self._read(), self._mask, strict=True):
-            if held == (split == "validation"):
-                yield example
+def undivided(read: Callable[[], Iterator[Example]], fraction: float) -> Undivided[Example]:
+    """Examples without a split of their own: equal images stay on one side."""
+    return Undivided(read, lambda example: (example.image.tobytes(), 1), fraction)
 
 
 class Digits:
@@ -80,7 +68,7 @@ class Digits:
 
     def __init__(self, size: int | None, fraction: float):
         self._size, self._fraction = size, fraction
-        self._undivided = Undivided(self._read, fraction)
+        self._undivided = undivided(self._read, fraction)
 
     name = "digits"
 
@@ -99,7 +87,7 @@ class Digits:
             yield Example(resized(image, self._size), int(label))
 
 
-class ImageFolder:
+class ImageFolder(LocalFiles):
     """Pictures of a folder and those below it; the folder that a picture stands in is its class, in order of names.
 
     A folder that holds both `train` and `validation` is split by them; otherwise `fraction` is held out. Pictures are
@@ -107,19 +95,12 @@ class ImageFolder:
     """
 
     def __init__(self, path: Path, size: int | None, fraction: float):
-        self._path, self._size, self._fraction = path, size, fraction
-
-    @property
-    def name(self) -> str:
-        return self._path.resolve().name
+        super().__init__(path, SUFFIXES)
+        self._size, self._fraction = size, fraction
 
     @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        return files_by_split(self._path, SUFFIXES)
-
-    @cached_property
-    def _undivided(self) -> Undivided:
-        return Undivided(lambda: self._read(self._files[""]), self._fraction)
+    def _undivided(self) -> Undivided[Example]:
+        return undivided(lambda: self._read(self._files[""]), self._fraction)
 
     def fingerprint(self) -> str:
         return f"{files_fingerprint(self._path, self._files)} {self._size} {self._fraction}"
@@ -154,28 +135,20 @@ class IdxFolder:
             yield Example(resized(image, self._size), label)
 
 
-class TfdsImages:
-    """A data set of TFDS by name[/config][:version]; where it has no "validation", a part of "train" is held out."""
+class TfdsImages(TfdsSet):
+    """The images of one feature of a TFDS data set, and the classes of another."""
 
     def __init__(self, name: str, size: int | None, image_field: str, label_field: str, fraction: float):
-        self._name, self._size, self._fraction = name, size, fraction
+        super().__init__(name)
+        self._size, self._fraction = size, fraction
         self._image_field, self._label_field = image_field, label_field
-        self._undivided = Undivided(lambda: self._read("train"), fraction)
-
-    @property
-    def name(self) -> str:
-        return self._builder.info.full_name
-
-    @cached_property
-    def _builder(self) -> Any:
-        return tfds_builder(self._name)
+        self._undivided = undivided(lambda: self._read("train"), fraction)
 
     def fingerprint(self) -> str:
-        splits = {name: split.shard_lengths for name, split in sorted(self._builder.info.splits.items())}
-        return f"{self.name} {self._image_field} {self._label_field} {self._size} {self._fraction} {splits}"
+        return f"{self.name} {self._image_field} {self._label_field} {self._size} {self._fraction} {self._shards}"
 
     def examples(self, split: str) -> Iterator[Example]:
-        return self._read(split) if "validation" in self._builder.info.splits else self._undivided.examples(split)
+        return self._read(split) if self._is_divided else self._undivided.examples(split)
 
     def _read(self, split: str) -> Iterator[Example]:
         features = self._builder.info.features

@@ -7,21 +7,17 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from zoo.train.data import python_trees
-from zoo.train.data.files import files_by_split, files_fingerprint
-from zoo.train.data.splits import check_fraction, content_hash, held_out
+from zoo.train.data.files import LocalFiles, files_fingerprint
+from zoo.train.data.splits import Undivided, check_fraction
 from zoo.train.data.text_sources import TextSource, fields_of, lines, tfds_texts
-from zoo.train.data.tfds_sets import tfds_builder
+from zoo.train.data.tfds_sets import TfdsSet
 from zoo.train.experiment import UserError
 
 _SUFFIXES = (".tsv", ".jsonl")
 
 Pair = tuple[str, str]
-Read = Callable[[], Iterator[Pair]]
 
 
 def pair_source(source: str, fields: str, fraction: float) -> TextSource:
@@ -44,22 +40,9 @@ def pair_source(source: str, fields: str, fraction: float) -> TextSource:
     return TfdsPairs(source, (names[0], names[1]), fraction)
 
 
-class UndividedPairs:
-    """Pairs without a split of their own, divided by the hash of their sources: equal sources stay on one side."""
-
-    def __init__(self, read: Read, fraction: float):
-        self._read, self._fraction = read, fraction
-
-    @cached_property
-    def _mask(self) -> np.ndarray:
-        sizes = ((content_hash(source), len(source) + len(target)) for source, target in self._read())
-        table = np.fromiter(sizes, np.dtype([("hash", np.uint64), ("size", np.int64)]))
-        return held_out(table["hash"], table["size"], self._fraction)
-
-    def pairs(self, split: str) -> Iterator[Pair]:
-        for pair, held in zip(self._read(), self._mask, strict=True):
-            if held == (split == "validation"):
-                yield pair
+def undivided(read: Callable[[], Iterator[Pair]], fraction: float) -> Undivided[Pair]:
+    """Pairs without a split of their own: equal sources stay on one side."""
+    return Undivided(read, lambda pair: (pair[0], len(pair[0]) + len(pair[1])), fraction)
 
 
 class PythonTrees:
@@ -77,42 +60,35 @@ class PythonTrees:
         return f"{self.name} {files_fingerprint(folder, {'': files})} {self._fraction}"
 
     def documents(self, split: str) -> Iterator[str]:
-        return chain.from_iterable(self._undivided.pairs(split))
+        return chain.from_iterable(self._undivided.examples(split))
 
     @cached_property
-    def _undivided(self) -> UndividedPairs:
+    def _undivided(self) -> Undivided[Pair]:
         pairs = python_trees.read()
-        return UndividedPairs(lambda: iter(pairs), self._fraction)
+        return undivided(lambda: iter(pairs), self._fraction)
 
 
-class LocalPairs:
+class LocalPairs(LocalFiles):
     """Lines "source<TAB>target" of .tsv files, and JSON lines, of a folder and those below it, or of one file.
 
     Divided as text files are (zoo.train.data.text_sources.LocalText).
     """
 
     def __init__(self, path: Path, fields: Pair, fraction: float):
-        self._path, self._fields, self._fraction = path, fields, fraction
-
-    @property
-    def name(self) -> str:
-        return self._path.resolve().name
+        super().__init__(path, _SUFFIXES)
+        self._fields, self._fraction = fields, fraction
 
     @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        return files_by_split(self._path, _SUFFIXES)
-
-    @cached_property
-    def _undivided(self) -> UndividedPairs:
-        return UndividedPairs(lambda: self._read(self._files[""]), self._fraction)
+    def _undivided(self) -> Undivided[Pair]:
+        return undivided(lambda: self._read(self._files[""]), self._fraction)
 
     def fingerprint(self) -> str:
         fraction = self._fraction if "" in self._files else None
         return f"pairs {files_fingerprint(self._path, self._files)} {self._fields} {fraction}"
 
     def documents(self, split: str) -> Iterator[str]:
-        undivided = "" in self._files
-        return chain.from_iterable(self._undivided.pairs(split) if undivided else self._read(self._files[split]))
+        whole = "" in self._files
+        return chain.from_iterable(self._undivided.examples(split) if whole else self._read(self._files[split]))
 
     def _read(self, files: list[Path]) -> Iterator[Pair]:
         for file in files:
@@ -139,35 +115,24 @@ class LocalPairs:
         return pair[0], pair[1]
 
 
-class TfdsPairs:
+class TfdsPairs(TfdsSet):
     """Two features of a TFDS data set, such as the languages of a translation set. Pairs with an empty side, which
     published sets have, are left out.
-
-    Where it has no "validation", `fraction` of "train" is held out (its "test", if any, stays unread).
     """
 
     def __init__(self, name: str, fields: Pair, fraction: float):
-        self._name, self._fields, self._fraction = name, fields, fraction
-
-    @property
-    def name(self) -> str:
-        return self._builder.info.full_name
+        super().__init__(name)
+        self._fields, self._fraction = fields, fraction
 
     @cached_property
-    def _builder(self) -> Any:
-        return tfds_builder(self._name)
-
-    @cached_property
-    def _undivided(self) -> UndividedPairs:
-        return UndividedPairs(lambda: self._read("train"), self._fraction)
+    def _undivided(self) -> Undivided[Pair]:
+        return undivided(lambda: self._read("train"), self._fraction)
 
     def fingerprint(self) -> str:
-        splits = {name: split.shard_lengths for name, split in sorted(self._builder.info.splits.items())}
-        return f"pairs {self.name} {self._fields} {self._fraction} {splits}"
+        return f"pairs {self.name} {self._fields} {self._fraction} {self._shards}"
 
     def documents(self, split: str) -> Iterator[str]:
-        divided = "validation" in self._builder.info.splits
-        return chain.from_iterable(self._read(split) if divided else self._undivided.pairs(split))
+        return chain.from_iterable(self._read(split) if self._is_divided else self._undivided.examples(split))
 
     def _read(self, split: str) -> Iterator[Pair]:
         for source, target in tfds_texts(self._builder, split, self._fields):

@@ -3,12 +3,15 @@
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
+from typing import Generic, TypeVar
 
 import numpy as np
 
 from zoo.train.experiment import UserError
 
 SPLITS = ("train", "validation")
+
+Example = TypeVar("Example")
 
 
 def content_hash(content: str | bytes) -> int:
@@ -46,31 +49,47 @@ def check_fraction(fraction: float) -> None:
         raise UserError(f"validation fraction {fraction} is not between 0 and 1: 0.1 holds out a tenth")
 
 
-class Undivided:
-    """Text documents without a split of their own, divided by `held_out`; a single document is cut near its end.
+class Undivided(Generic[Example]):
+    """Examples without a split of their own, divided by `held_out`.
 
-    read: yields the documents, in the same order at every call. One pass over them, at first use, decides the split; it
-    keeps 16 bytes a document.
+    read: yields the examples, in the same order at every call. One pass over them, at first use, decides the split; it
+    keeps 16 bytes an example.
+    weigh: what of an example is hashed, so that those alike in it stay on one side, and its size.
     """
 
-    def __init__(self, read: Callable[[], Iterator[str]], fraction: float):
-        self._read = read
-        self._fraction = fraction
+    def __init__(
+        self,
+        read: Callable[[], Iterator[Example]],
+        weigh: Callable[[Example], tuple[str | bytes, int]],
+        fraction: float,
+    ):
+        self._read, self._weigh, self._fraction = read, weigh, fraction
 
     @cached_property
     def _mask(self) -> np.ndarray:
-        pairs = ((content_hash(text), len(text)) for text in self._read())
-        table = np.fromiter(pairs, np.dtype([("hash", np.uint64), ("size", np.int64)]))
+        weighed = map(self._weigh, self._read())
+        rows = ((content_hash(content), size) for content, size in weighed)
+        table = np.fromiter(rows, np.dtype([("hash", np.uint64), ("size", np.int64)]))
         return held_out(table["hash"], table["size"], self._fraction)
 
-    def documents(self, split: str) -> Iterator[str]:
-        """The documents of "train" or "validation"."""
-        if len(self._mask) == 1:
-            (text,) = self._read()
-            end = int(len(text) * (1 - self._fraction))
-            cut = text.rfind("\n", 0, end) + 1 or end
-            yield text[:cut] if split == "train" else text[cut:]
-            return
-        for text, held in zip(self._read(), self._mask, strict=True):
+    def examples(self, split: str) -> Iterator[Example]:
+        """The examples of "train" or "validation"."""
+        for example, held in zip(self._read(), self._mask, strict=True):
             if held == (split == "validation"):
-                yield text
+                yield example
+
+
+class UndividedText(Undivided[str]):
+    """Text documents without a split of their own; a single document is cut near its end."""
+
+    def __init__(self, read: Callable[[], Iterator[str]], fraction: float):
+        super().__init__(read, lambda text: (text, len(text)), fraction)
+
+    def examples(self, split: str) -> Iterator[str]:
+        if len(self._mask) != 1:
+            yield from super().examples(split)
+            return
+        (text,) = self._read()
+        end = int(len(text) * (1 - self._fraction))
+        cut = text.rfind("\n", 0, end) + 1 or end
+        yield text[:cut] if split == "train" else text[cut:]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from zoo.train.data import topics
-from zoo.train.data.files import files_by_split, files_fingerprint
-from zoo.train.data.splits import Undivided, check_fraction
-from zoo.train.data.tfds_sets import listed, tfds_builder, tfds_read
+from zoo.train.data.files import LocalFiles, files_fingerprint
+from zoo.train.data.splits import UndividedText, check_fraction
+from zoo.train.data.tfds_sets import TfdsSet, listed, tfds_read
 from zoo.train.experiment import UserError
 
 _SUFFIXES = (".txt", ".jsonl")
@@ -63,7 +63,7 @@ class PythonDocsText:
             yield example["text"].decode()
 
 
-class LocalText:
+class LocalText(LocalFiles):
     """Text files (one document each) and JSON lines (one document a line) of a folder and those below it, or one file.
 
     A folder that holds both `train` and `validation` (folders, or files such as train.jsonl) is split by them, and
@@ -71,19 +71,12 @@ class LocalText:
     """
 
     def __init__(self, path: Path, field: str, fraction: float):
-        self._path, self._field, self._fraction = path, field, fraction
-
-    @property
-    def name(self) -> str:
-        return self._path.resolve().name
+        super().__init__(path, _SUFFIXES)
+        self._field, self._fraction = field, fraction
 
     @cached_property
-    def _files(self) -> dict[str, list[Path]]:
-        return files_by_split(self._path, _SUFFIXES)
-
-    @cached_property
-    def _undivided(self) -> Undivided:
-        return Undivided(partial(self._read, self._files[""]), self._fraction)
+    def _undivided(self) -> UndividedText:
+        return UndividedText(partial(self._read, self._files[""]), self._fraction)
 
     def fingerprint(self) -> str:
         fraction = self._fraction if "" in self._files else None
@@ -91,7 +84,7 @@ class LocalText:
 
     def documents(self, split: str) -> Iterator[str]:
         if "" in self._files:
-            return self._undivided.documents(split)
+            return self._undivided.examples(split)
         return self._read(self._files[split])
 
     def _read(self, files: list[Path]) -> Iterator[str]:
@@ -110,35 +103,24 @@ class LocalText:
                 yield from fields_of(line, (self._field,), where)
 
 
-class TfdsText:
-    """A data set of TFDS by name[/config][:version], read from ArrayRecord; prepared (downloaded) if it is not yet.
-
-    Where it has no "validation", `fraction` of "train" is held out (its "test", if any, stays unread).
-    """
+class TfdsText(TfdsSet):
+    """The texts of one feature of a TFDS data set."""
 
     def __init__(self, name: str, field: str, fraction: float):
-        self._name, self._field, self._fraction = name, field, fraction
-
-    @property
-    def name(self) -> str:
-        return self._builder.info.full_name
+        super().__init__(name)
+        self._field, self._fraction = field, fraction
 
     @cached_property
-    def _builder(self) -> Any:
-        return tfds_builder(self._name)
-
-    @cached_property
-    def _undivided(self) -> Undivided:
-        return Undivided(partial(self._read, "train"), self._fraction)
+    def _undivided(self) -> UndividedText:
+        return UndividedText(partial(self._read, "train"), self._fraction)
 
     def fingerprint(self) -> str:
-        splits = {name: split.shard_lengths for name, split in sorted(self._builder.info.splits.items())}
-        return f"{self.name} {self._field} {self._fraction} {splits}"
+        return f"{self.name} {self._field} {self._fraction} {self._shards}"
 
     def documents(self, split: str) -> Iterator[str]:
-        if "validation" in self._builder.info.splits:
+        if self._is_divided:
             return self._read(split)
-        return self._undivided.documents(split)
+        return self._undivided.examples(split)
 
     def _read(self, split: str) -> Iterator[str]:
         for (text,) in tfds_texts(self._builder, split, (self._field,)):

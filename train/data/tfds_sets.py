@@ -4,11 +4,39 @@ import contextlib
 import difflib
 import io
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from zoo.train.data.cache import locked, tfds_dir
 from zoo.train.experiment import UserError
+
+
+class TfdsSet:
+    """A data set of TFDS by name[/config][:version], prepared (downloaded) at first use if it is not yet.
+
+    Where it has no "validation", a part of its "train" is to be held out (its "test", if any, stays unread).
+    """
+
+    def __init__(self, name: str):
+        self._name = name
+
+    @property
+    def name(self) -> str:
+        return self._builder.info.full_name
+
+    @cached_property
+    def _builder(self) -> Any:
+        return tfds_builder(self._name)
+
+    @property
+    def _shards(self) -> dict[str, Any]:
+        """Lengths of the shards of each split, for a fingerprint."""
+        return {name: split.shard_lengths for name, split in sorted(self._builder.info.splits.items())}
+
+    @property
+    def _is_divided(self) -> bool:
+        return "validation" in self._builder.info.splits
 
 
 def tfds_builder(name: str) -> Any:

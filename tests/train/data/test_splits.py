@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zoo.train.data.splits import Undivided, check_fraction, content_hash, held_out
+from zoo.train.data.splits import UndividedText, check_fraction, content_hash, held_out
 from zoo.train.experiment import UserError
 
 
@@ -31,22 +31,22 @@ def test_the_smallest_is_held_out_where_none_fits():
 
 def test_the_choice_does_not_depend_on_order():
     texts = [f"document {i}" * (i % 7 + 1) for i in range(50)]
-    one = set(Undivided(lambda: iter(texts), 0.2).documents("validation"))
-    other = set(Undivided(lambda: iter(texts[::-1]), 0.2).documents("validation"))
+    one = set(UndividedText(lambda: iter(texts), 0.2).examples("validation"))
+    other = set(UndividedText(lambda: iter(texts[::-1]), 0.2).examples("validation"))
     assert one == other and one
 
 
 def test_every_document_is_in_one_split():
     texts = [f"document {i}" for i in range(30)]
-    undivided = Undivided(lambda: iter(texts), 0.2)
-    train, validation = list(undivided.documents("train")), list(undivided.documents("validation"))
+    undivided = UndividedText(lambda: iter(texts), 0.2)
+    train, validation = list(undivided.examples("train")), list(undivided.examples("validation"))
     assert sorted(train + validation) == sorted(texts) and len(validation) == 6
 
 
 def test_a_single_document_is_cut_after_a_line():
     text = "".join(f"line {i}\n" for i in range(100))
-    undivided = Undivided(lambda: iter([text]), 0.1)
-    (train,), (validation,) = undivided.documents("train"), undivided.documents("validation")
+    undivided = UndividedText(lambda: iter([text]), 0.1)
+    (train,), (validation,) = undivided.examples("train"), undivided.examples("validation")
     assert train + validation == text
     assert train.endswith("\n") and 0.09 < len(validation) / len(text) < 0.12
 
