@@ -22,7 +22,7 @@ from zoo import sharding
 from zoo.train import session as sessions
 from zoo.train.evaluate import evaluate_run
 from zoo.train.experiment import Placement
-from zoo.train.samplers import ImageSampler
+from zoo.train.image_sampler import ImageSampler
 
 Classify = Callable[[np.ndarray], np.ndarray]
 """images [N, Y, X, C] in [-1, 1] to classes [N]."""

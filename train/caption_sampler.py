@@ -3,19 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.diffusion import schedules
-from zoo.diffusion.samplers import METHODS
 from zoo.diffusion.sampling import guided, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.experiment import UserError
-from zoo.train.samplers import PICTURE_WIDTH
+from zoo.train.image_sampler import MethodName, table
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class CaptionSampler:
 
     prompts: tuple[str, ...] = ()
     columns: int = 4
-    method: Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"] = "ddim"
+    method: MethodName = "ddim"
     steps: int = 50
     guidance: float = 3.0
     scale: int | None = None
@@ -39,11 +37,7 @@ class CaptionSampler:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         if not self.prompts:
             raise UserError('no text to draw: give some, as --sampler.prompts "a three" "a bold four"')
-        if not 1 <= self.steps <= model.noising.timesteps:
-            raise UserError(
-                f"{self.steps} sampling steps are not in the model's 1 to {model.noising.timesteps}: choose one"
-            )
-        METHODS[self.method].sampler(schedules.make(model.noising), self.steps)
+        table(model, self.method, self.steps)
         if self.columns < 1 or (self.scale is not None and self.scale < 1):
             raise UserError(f"{self.columns} columns at scale {self.scale} show nothing: choose both from 1")
 
@@ -53,17 +47,13 @@ class CaptionSampler:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
         images = self.draw(model, data.rows(self.prompts), key)
-        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
-        path = folder.absolute() / "samples.png"
-        if jax.process_index() == 0:
-            said = [prompt for prompt in self.prompts for _ in range(self.columns)]
-            pictures.write_png(pictures.captioned(images, said, self.columns, scale=scale), path)
-        return str(path)
+        said = [prompt for prompt in self.prompts for _ in range(self.columns)]
+        return pictures.save(images, self.columns, folder, scale=self.scale, captions=said)
 
     def draw(self, model: Any, tokens: np.ndarray, key: jax.Array) -> np.ndarray:
         """`columns` images of each text of tokens [N, S]: [N * columns, Y, X, C], float32 in [-1, 1]."""
         config = model.config
-        table = METHODS[self.method].sampler(schedules.make(config.noising), self.steps)
+        steps = table(config, self.method, self.steps)
         given = tokens.repeat(self.columns, 0)
         blank = np.broadcast_to(np.array(config.blank, np.int32), given.shape)
         shape = (len(given), *config.image_size, config.image_channels)
@@ -73,6 +63,6 @@ class CaptionSampler:
             # The texts are read once, and asked about at every step.
             context, nothing = model.encode(jnp.array(given)), model.encode(jnp.array(blank))
             denoise = guided(lambda x, t, c: model(x, t, context=c), context, nothing, scale=self.guidance)
-            return constrain(jnp.clip(sample(denoise, table, shape, key), -1, 1), None, None, None, None)
+            return constrain(jnp.clip(sample(denoise, steps, shape, key), -1, 1), None, None, None, None)
 
         return np.asarray(images(model, key))

@@ -5,12 +5,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 
 from zoo.train.experiment import UserError
 
 CAPTION_HEIGHT = 15  # pixels
+WIDTH = 640  # pixels, about, of a grid
 
 
 def grid(images: np.ndarray, columns: int, *, scale: int = 1, gap: int = 1) -> np.ndarray:
@@ -40,6 +42,39 @@ def captioned(images: np.ndarray, captions: Sequence[str], columns: int, *, scal
         ImageDraw.Draw(line).text((2, 2), caption, fill=255)
         lines.append(np.asarray(line, np.float32)[..., None].repeat(channels, -1) / 127.5 - 1)
     return grid(np.concatenate([tiles, np.stack(lines)], 1), columns, gap=4)
+
+
+def check_grid(rows: int, columns: int, scale: int | None) -> None:
+    """Raises UserError for a grid that shows nothing."""
+    if rows < 1 or columns < 1:
+        raise UserError(f"a grid of {rows} x {columns} images is empty: choose both sides from 1")
+    if scale is not None and scale < 1:
+        raise UserError(f"a scale of {scale} pixels shows nothing: choose a whole number from 1, or None")
+
+
+def save(
+    images: np.ndarray,
+    columns: int,
+    folder: Path,
+    name: str = "samples",
+    *,
+    scale: int | None = None,
+    captions: Sequence[str] | None = None,
+) -> str:
+    """Writes folder/NAME.png, a grid of images with or without captions, in the first process; returns its path.
+
+    scale: None: so much that the grid is about WIDTH wide.
+    """
+    path = folder.absolute() / f"{name}.png"
+    if jax.process_index() == 0:
+        scale = scale or max(1, WIDTH // (columns * (images.shape[2] + 1)))
+        drawn = (
+            grid(images, columns, scale=scale)
+            if captions is None
+            else captioned(images, captions, columns, scale=scale)
+        )
+        write_png(drawn, path)
+    return str(path)
 
 
 def write_png(pixels: np.ndarray, path: Path, *, text: Mapping[str, str] | None = None) -> None:

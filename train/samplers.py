@@ -1,28 +1,19 @@
 """Samplers: what a trained model shows at the end of a run, and again with `zoo sample`."""
 
-import re
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.diffusion import schedules
-from zoo.diffusion.samplers import DDIM, METHODS, Sampler
-from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.generation import Sampling, generate
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.data.vocabulary import Vocabulary
 from zoo.train.experiment import UserError
-from zoo.train.progress import Quiet, waiting
-
-PICTURE_WIDTH = 640
-MOMENTS = 8  # of a denoising strip
 
 
 @dataclass(frozen=True)
@@ -197,169 +188,6 @@ def readable(tokens: Sequence[int] | np.ndarray, tokenizer: Any, vocabulary: Voc
 
 
 @dataclass(frozen=True)
-class ImageSampler:
-    """A grid of images from a denoising network, as PNG, and a strip of how some of them come out of noise.
-
-    columns: None: as many as there are classes asked for, where those are 2 to 16, else 8.
-    classes: of a model of classes, each in turn: "all", or such as "3", "0-9", "0,2,5", or "none", which is no class.
-    method: see zoo.diffusion.samplers.  steps: along the schedule; each is a network evaluation (plms has one more).
-    eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral).
-    guidance: scale of classifier-free guidance towards each image's class, 1 is none.
-    strip: how many of the first images are shown from noise on; 0 makes no strip.
-    scale: pixels a side that one pixel is drawn with (None: so many that the grid is about 640 wide).
-    """
-
-    rows: int = 8
-    columns: int | None = None
-    classes: str = "all"
-    method: Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"] = "ddim"
-    steps: int = 100
-    eta: float = 0.0
-    guidance: float = 1.0
-    strip: int = 5
-    scale: int | None = None
-
-    def check(self, model: Any, data: Any) -> None:
-        """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
-        timesteps = model.noising.timesteps
-        if not 1 <= self.steps <= timesteps:
-            raise UserError(f"{self.steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
-        if self.guidance != 1.0 and not getattr(model, "null_class", False):
-            raise UserError(
-                f"guidance {self.guidance} needs a model of classes with one for none (null_class): leave it at 1"
-            )
-        if self.strip < 0:
-            raise UserError(f"a strip of {self.strip} images is none: choose a whole number from 0")
-        self._table(model)
-        _check_grid(self.rows, self._width(model), self.scale)
-
-    def sample(
-        self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
-    ) -> str:
-        """Writes folder/samples.png and folder/denoising.png, and returns their paths, each a line.
-
-        Every process takes part; the first one writes. With `emit`, which says that a person waits, a terminal shows
-        how far sampling is.
-        """
-        self.check(model.config, data)
-        columns = self._width(model.config)
-        watch = _Watch(self._table(model.config).path.steps, min(self.strip, self.rows * columns), shown=bool(emit))
-        with watch:
-            images = self.draw(model, data.example_shape, key, callback=watch if self.strip or emit else None)
-        made = {"samples": (images, columns)}
-        # Steps call back on the first process alone.
-        if self.strip and jax.process_index() == 0:
-            made["denoising"] = (watch.strip(), MOMENTS)
-        paths = []
-        for name, (drawn, width) in made.items():
-            paths.append(folder.absolute() / f"{name}.png")
-            if jax.process_index() == 0:
-                scale = self.scale or max(1, PICTURE_WIDTH // (width * (drawn.shape[2] + 1)))
-                pictures.write_png(pictures.grid(drawn, width, scale=scale), paths[-1])
-        return "\n".join(map(str, paths))
-
-    def draw(
-        self, model: Any, shape: tuple[int, ...], key: jax.Array, *, callback: Callback | None = None
-    ) -> np.ndarray:
-        """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]. callback: see zoo.diffusion.sampling."""
-        self.check(model.config, None)
-        table, asked = self._table(model.config), self._asked(model.config)
-        count = self.rows * self._width(model.config)
-
-        @jax.jit
-        def images(model: Any, key: jax.Array) -> jax.Array:
-            denoise = model
-            if asked:
-                none = model.config.num_classes
-                given, blank = jnp.arange(count) % len(asked), jnp.full(count, none)
-                given = jnp.array(asked)[given]
-                scale = 1.0 if asked == [none] else self.guidance
-                denoise = guided(lambda x, t, c: model(x, t, classes=c), given, blank, scale=scale)
-            drawn = sample(denoise, table, (count, *shape), key, callback=callback)
-            return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
-
-        return np.asarray(images(model, key))
-
-    def _asked(self, config: Any) -> list[int]:
-        """The classes that take turns; empty where the model is told none."""
-        count = getattr(config, "num_classes", None)
-        if count is None:
-            if self.classes not in ("all", "none"):
-                raise UserError(f"classes {self.classes} are asked of a model that is told none: leave them out")
-            return []
-        return chosen_classes(self.classes, count, none=config.null_class)
-
-    def _width(self, config: Any) -> int:
-        if self.columns is not None:
-            return self.columns
-        classes = len(self._asked(config))
-        return classes if 2 <= classes <= 16 else 8
-
-    def _table(self, config: Any) -> Sampler:
-        method = METHODS[self.method]
-        method = replace(method, eta=self.eta) if isinstance(method, DDIM) else method
-        return method.sampler(schedules.make(config.noising), self.steps)
-
-
-def chosen_classes(text: str, count: int, *, none: bool) -> list[int]:
-    """Class numbers, in their order, of "all", "none" or such as "3", "0-9", "0,2,5"; raises UserError.
-
-    count: of classes there are.  none: whether there is one more, numbered `count`, that stands for no class.
-    """
-    if text == "all":
-        return list(range(count))
-    if text == "none":
-        if not none:
-            raise UserError("classes none is asked of a model without a class for none (null_class): name some")
-        return [count]
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part)
-        if match is None or int(match[2] or match[1]) < int(match[1]):
-            raise UserError(f"classes {text!r} are no numbers and rising ranges: write 3, 0-9, 0,2,5, all or none")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last >= count:
-            raise UserError(f"class {last} of {count}: choose from 0 to {count - 1}")
-        found += range(first, last + 1)
-    return found
-
-
-class _Watch:
-    """A callback of `sample` that keeps the first `images` at MOMENTS moments, and shows on a terminal how far it is.
-
-    As a context it ends once every step has called back, which steps do in no order that is promised.
-    """
-
-    def __init__(self, steps: int, images: int, *, shown: bool):
-        self._images, self._display = images, waiting(steps) if shown else Quiet()
-        self._moments = np.round(np.linspace(0, steps - 1, MOMENTS)).astype(int)
-        self._kept: dict[int, np.ndarray] = {}
-        self._ended, self._began = 0, 0.0
-
-    def __call__(self, step: int, x: np.ndarray) -> None:
-        if int(step) in self._moments:
-            self._kept[int(step)] = np.asarray(x)[: self._images].copy()
-        # What is left is told by the steps after the first, which waited for the compiler.
-        now = time.perf_counter()
-        self._began = self._began or now
-        self._ended += 1
-        if self._ended > 1:
-            self._display.update(self._ended, {"step_seconds": (now - self._began) / (self._ended - 1)})
-
-    def __enter__(self) -> "_Watch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.effects_barrier()
-        self._display.close()
-
-    def strip(self) -> np.ndarray:
-        """A row for each image, from noise to itself: [images * MOMENTS, Y, X, C]."""
-        moments = np.stack([self._kept[step] for step in self._moments], 1)
-        return moments.reshape(-1, *moments.shape[2:])
-
-
-@dataclass(frozen=True)
 class ClassSampler:
     """A grid of held-out images as PNG, each with the class that the model finds, and the true one where it errs.
 
@@ -374,7 +202,7 @@ class ClassSampler:
         """`model`: a config with `head`. Raises UserError."""
         if model.head != "classification":
             raise UserError(f"--model.head {model.head} scores no classes: choose classification")
-        _check_grid(self.rows, self.columns, self.scale)
+        pictures.check_grid(self.rows, self.columns, self.scale)
 
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
@@ -382,11 +210,7 @@ class ClassSampler:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
         images, captions = self.classify(model, data, key)
-        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
-        path = folder.absolute() / "samples.png"
-        if jax.process_index() == 0:
-            pictures.write_png(pictures.captioned(images, captions, self.columns, scale=scale), path)
-        return str(path)
+        return pictures.save(images, self.columns, folder, scale=self.scale, captions=captions)
 
     def classify(self, model: Any, data: Any, key: jax.Array) -> tuple[np.ndarray, list[str]]:
         """Images [N, Y, X, C] that the key picks among those held out, and what is said of each."""
@@ -421,7 +245,7 @@ class ReconstructionSampler:
 
     def check(self, model: Any, data: Any) -> None:
         """Raises UserError."""
-        _check_grid(self.rows, self.columns, self.scale)
+        pictures.check_grid(self.rows, self.columns, self.scale)
 
     def sample(
         self, model: Any, data: Any, key: jax.Array, folder: Path, emit: Callable[[str], None] | None = None
@@ -429,11 +253,7 @@ class ReconstructionSampler:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
         images = self.paired(model, data, key)
-        scale = self.scale or max(1, PICTURE_WIDTH // (self.columns * (images.shape[2] + 1)))
-        path = folder.absolute() / "samples.png"
-        if jax.process_index() == 0:
-            pictures.write_png(pictures.grid(images, self.columns, scale=scale), path)
-        return str(path)
+        return pictures.save(images, self.columns, folder, scale=self.scale)
 
     def paired(self, model: Any, data: Any, key: jax.Array) -> np.ndarray:
         """Rows of images that the key picks among those held out, and behind each row theirs, [N, Y, X, C]."""
@@ -449,10 +269,3 @@ class ReconstructionSampler:
         pairs = np.stack([images, np.asarray(reconstructed(model, images))])
         pairs = pairs.reshape(2, -1, self.columns, *images.shape[1:])
         return pairs.swapaxes(0, 1).reshape(-1, *images.shape[1:])
-
-
-def _check_grid(rows: int, columns: int, scale: int | None) -> None:
-    if rows < 1 or columns < 1:
-        raise UserError(f"a grid of {rows} x {columns} images is empty: choose both sides from 1")
-    if scale is not None and scale < 1:
-        raise UserError(f"a scale of {scale} pixels shows nothing: choose a whole number from 1, or None")

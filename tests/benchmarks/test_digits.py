@@ -12,7 +12,7 @@ from benchmarks import digits
 from zoo import cli
 from zoo.diffusion import schedules
 from zoo.models.noising import Noising
-from zoo.train.samplers import ImageSampler
+from zoo.train.image_sampler import ImageSampler
 
 
 @jax.tree_util.register_static

@@ -11,10 +11,10 @@ from zoo.diffusion import schedules
 from zoo.diffusion.samplers import METHODS
 from zoo.models.noising import Noising
 from zoo.sharding import make_mesh, use
-from zoo.train import samplers
+from zoo.train import image_sampler
 from zoo.train.experiment import UserError
+from zoo.train.image_sampler import ImageSampler, chosen_classes
 from zoo.train.progress import Quiet
-from zoo.train.samplers import ImageSampler, chosen_classes
 
 DATA = SimpleNamespace(example_shape=(4, 6, 1))
 
@@ -74,7 +74,7 @@ def test_a_person_who_waits_sees_every_step(tmp_path, monkeypatch) -> None:
         def close(self) -> None:
             shown.append("closed")
 
-    monkeypatch.setattr(samplers, "waiting", lambda steps: shown.append(steps) or Display())
+    monkeypatch.setattr(image_sampler, "waiting", lambda steps: shown.append(steps) or Display())
     sampler = ImageSampler(rows=1, columns=2, method="plms", steps=6, strip=0)
     sampler.sample(Points(), DATA, jax.random.key(0), tmp_path, print)
     assert shown[0] == 7 and [step for step, _ in shown[1:-1]] == list(range(2, 8)) and shown[-1] == "closed"

@@ -3,8 +3,8 @@
 from zoo.models.unet import PRESETS, UNetConfig
 from zoo.train.data.images import ImageData
 from zoo.train.experiment import Experiment, Optimizer
+from zoo.train.image_sampler import ImageSampler
 from zoo.train.objectives import Denoising
-from zoo.train.samplers import ImageSampler
 
 DDPM = Experiment[UNetConfig, ImageData, Denoising, ImageSampler]
 
