@@ -2,11 +2,11 @@ import dataclasses
 import math
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from products import product_flops
 
 from zoo import models, sharding
 from zoo.layers.linear import LayerError, Precision
@@ -94,24 +94,6 @@ def test_flops_are_those_of_the_compiled_products(config, told) -> None:
     model, one = jax.eval_shape(lambda: config.build(nnx.Rngs(0))), {name: value[:1] for name, value in told.items()}
     jaxpr = jax.make_jaxpr(lambda m, x, t: m(x, t, **one))(model, IMAGES[:1], TIME[:1])
     assert config.forward_flops((8, 12, 3), 7) == pytest.approx(product_flops(jaxpr.jaxpr), rel=1e-9)
-
-
-def product_flops(jaxpr) -> float:
-    total = 0.0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            total += 2.0 * np.prod(eqn.outvars[0].aval.shape) * np.prod(kernel[:3])
-        elif eqn.primitive.name == "dot_general":
-            ((contracted, _), _) = eqn.params["dimension_numbers"]
-            sizes = [eqn.invars[0].aval.shape[axis] for axis in contracted]
-            total += 2.0 * np.prod(eqn.outvars[0].aval.shape) * np.prod(sizes)
-        elif eqn.primitive.name == "cond":  # one branch for each platform: any one of them runs
-            total += product_flops(eqn.params["branches"][0].jaxpr)
-        else:
-            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-                total += product_flops(inner)
-    return total
 
 
 def test_prediction_starts_at_zero_in_float32() -> None:

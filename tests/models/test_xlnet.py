@@ -1,6 +1,5 @@
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.extend.core import jaxprs_in_params
+from products import product_flops
 
 from zoo import models, sharding
 from zoo.generation import generate
@@ -67,19 +66,6 @@ def outputs(model: XLNet, tokens: jax.Array, **arguments: Any) -> Any:
 )
 def test_parameters_are_as_many_as_published(name, head, count) -> None:
     assert models.parameter_count(dataclasses.replace(models.preset(name), head=head)) == count
-
-
-def product_flops(jaxpr: Any) -> int:
-    """FLOPs of the matrix products of a program."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            shape = equation.invars[0].aval.shape
-            total += 2 * equation.outvars[0].aval.size * math.prod(shape[axis] for axis in contracted)
-        for inner in jaxprs_in_params(equation.params):
-            total += product_flops(inner) * equation.params.get("length", 1)
-    return total
 
 
 @pytest.mark.parametrize("attention", ATTENTION)
