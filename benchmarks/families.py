@@ -29,7 +29,7 @@ from rich.progress import track
 from safetensors.numpy import load_file
 
 import zoo
-from benchmarks import tasks, tpu
+from benchmarks import pod, tasks
 from benchmarks.tasks import PRESETS
 from zoo import models, sharding
 from zoo.generation import generate
@@ -212,25 +212,11 @@ def compiled(kind: str, config: Any) -> str:
         cut = dataclasses.replace(cut, num_layers=cut.num_layers // 4)
     if cut != config:
         return f"{compiled(kind, cut)} ({cut.num_layers} of {config.num_layers} layers)"
-    tpu.prepare()
     try:
-        from jax.experimental import topologies
-
-        devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
+        pod.devices()
     except Exception as problem:
         return f"not run: {str(problem).splitlines()[0][:40]}"
-    from zoo.train import step
-
-    experiment, batch = training(kind, config)
-    mesh = sharding.make_mesh("fsdp=8", devices)
-    experiment = step.with_compute(experiment, mesh)
-    with sharding.use(mesh):
-        state = step.abstract_state(experiment, mesh)
-        abstract = step.abstract_batch(batch, experiment.batch_size, mesh)
-        program = step.train_step(experiment, mesh).lower(state, abstract).compile()
-    memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    return f"{held / 2**30:.1f} GiB"
+    return f"{pod.held(*training(kind, config), 'fsdp=8'):.1f} GiB"
 
 
 def training(kind: str, config: Any, length: int = 512) -> tuple[Any, dict[str, np.ndarray]]:

@@ -36,18 +36,27 @@ def batch(experiment: Any) -> dict[str, np.ndarray]:
     return {"images": images, "weights": np.ones(1, np.float32), **told}
 
 
-def compiled(name: str, mesh: str) -> float:
-    """GiB a chip of the training step of a recipe."""
+def devices() -> Any:
+    """Those of TOPOLOGY; raises what JAX does where there is no libtpu."""
     tpu.prepare()
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
-    laid = sharding.make_mesh(mesh, devices)
-    experiment = step.with_compute(RECIPES[name](), laid)
-    example = batch(experiment)
+    return topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGY).devices
+
+
+def held(experiment: Any, example: Any, mesh: str) -> float:
+    """GiB a chip of an experiment's training step over batches of rows such as `example`."""
+    laid = sharding.make_mesh(mesh, devices())
+    experiment = step.with_compute(experiment, laid)
     with sharding.use(laid):
         state = step.abstract_state(experiment, laid)
         abstract = step.abstract_batch(example, experiment.batch_size, laid)
         memory = step.train_step(experiment, laid).lower(state, abstract).compile().memory_analysis()
     return (memory.argument_size_in_bytes + memory.temp_size_in_bytes) / 2**30
+
+
+def compiled(name: str, mesh: str) -> float:
+    """GiB a chip of the training step of a recipe."""
+    experiment = RECIPES[name]()
+    return held(experiment, batch(experiment), mesh)
 
 
 def main() -> None:

@@ -54,35 +54,11 @@ def compiled(template: str) -> Any:
     return environment().from_string(template)
 
 
-@functools.lru_cache(1)
-def environment() -> Any:
-    """The environment that transformers gives a template, and one refusal more: reading what is unsafe is an error,
-    where Jinja alone would print nothing."""
+def sandbox() -> Any:
+    """Jinja's sandbox, and two refusals more: results and formats of any size, and reading what is unsafe, where Jinja
+    alone would print nothing."""
     import jinja2
-    import jinja2.ext
-    from jinja2 import nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Generation(jinja2.ext.Extension):
-        """{% generation %}, around what an assistant said, which only training asks about."""
-
-        tags = {"generation"}  # noqa: RUF012
-
-        def parse(self, parser: Any) -> nodes.Node:
-            line = next(parser.stream).lineno
-            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
-
-    class Namespace(jinja2.utils.Namespace):
-        def __init__(*args: Any, **fields: Any):
-            self, *given = args
-            jinja2.utils.Namespace.__init__(self)
-            for name, value in dict(*given, **fields).items():
-                self[name] = value
-
-        def __setitem__(self, name: str, value: Any) -> None:
-            if name.startswith("_"):
-                raise jinja2.exceptions.SecurityError(f"namespace with the name {name!r}")
-            super().__setitem__(name, value)
 
     class Sandbox(ImmutableSandboxedEnvironment):
         intercepted_binops = frozenset({"*", "**", "%"})
@@ -109,7 +85,38 @@ def environment() -> Any:
         def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
             raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__}")
 
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    return Sandbox
+
+
+@functools.lru_cache(1)
+def environment() -> Any:
+    """The environment that transformers gives a template."""
+    import jinja2
+    import jinja2.ext
+    from jinja2 import nodes
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}, around what an assistant said, which only training asks about."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> nodes.Node:
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
+
+    class Namespace(jinja2.utils.Namespace):
+        def __init__(*args: Any, **fields: Any):
+            self, *given = args
+            jinja2.utils.Namespace.__init__(self)
+            for name, value in dict(*given, **fields).items():
+                self[name] = value
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise jinja2.exceptions.SecurityError(f"namespace with the name {name!r}")
+            super().__setitem__(name, value)
+
+    made = sandbox()(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
     made.filters |= {
         "tojson": to_json,
         "indent": functools.partial(indented, made.filters["indent"]),

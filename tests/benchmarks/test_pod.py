@@ -1,24 +1,16 @@
 """Image recipes compiled for a slice of TPUs that is not there."""
 
 import importlib.util
-import os
 
 import pytest
 
 if importlib.util.find_spec("libtpu") is None:
     pytest.skip("needs the extra `aot`", allow_module_level=True)
 
-from benchmarks import pod, tpu
+from benchmarks import pod
 from zoo.train.recipes import RECIPES
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tpu.QUIET.items():
-        monkeypatch.setenv(name, value)
-    # libtpu reads it too, and ends the process at a flag that it does not know.
-    known = [flag for flag in os.environ["XLA_FLAGS"].split() if "fusion_emitters" not in flag]
-    monkeypatch.setenv("XLA_FLAGS", " ".join(known))
+pytestmark = pytest.mark.usefixtures("libtpu_environment")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import re
 
 import pytest
@@ -21,14 +20,7 @@ import zoo.kernels as kernels
 from benchmarks import attention_compiled, attention_memory, schedule, tpu, tpu_grid
 from benchmarks.attention_cases import Case
 
-
-@pytest.fixture(autouse=True)
-def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in tpu.QUIET.items():
-        monkeypatch.setenv(name, value)
-    # libtpu reads it too, and ends the process at a flag that it does not know.
-    known = [flag for flag in os.environ["XLA_FLAGS"].split() if "fusion_emitters" not in flag]
-    monkeypatch.setenv("XLA_FLAGS", " ".join(known))
+pytestmark = pytest.mark.usefixtures("libtpu_environment")
 
 
 @pytest.mark.parametrize(
