@@ -8,7 +8,7 @@ from zoo.train.objectives import Denoising
 
 
 def ddpm_digits() -> Experiment[UNetConfig, ImageData, Denoising, ImageSampler]:
-    """A DDPM U-Net on scikit-learn's digits: four minutes on two CPU cores, ends in samples, a column for each class.
+    """A DDPM U-Net on scikit-learn's digits: three minutes on two CPU cores, ends in samples, a column for each class.
 
     Command:  zoo train ddpm-digits
     Data:     digits (1797 handwritten digits of 8 x 8 pixels), part of scikit-learn

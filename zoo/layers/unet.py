@@ -24,6 +24,12 @@ def constrain_image(x: jax.Array) -> jax.Array:
     return constrain(x, "act_batch", "act_y", "act_x", "act_channels")
 
 
+def check_images(images: jax.Array, channels: int) -> None:
+    """Raises LayerError unless they are [B, Y, X, channels]."""
+    if images.ndim != 4 or images.shape[-1] != channels:
+        raise LayerError(f"images have shape {images.shape}: the network takes [B, Y, X, {channels}]")
+
+
 def sinusoidal_time(
     time: jax.Array, width: int, *, longest: float = 10000.0, shift: int = 1, cosines_first: bool = False
 ) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from zoo.layers.convolution import Conv, GroupNorm, fan_average
 from zoo.layers.linear import LayerError, Linear, Precision, check_sizes
-from zoo.layers.unet import Downsample, ResidualBlock, SpatialAttention, Upsample, constrain_image
+from zoo.layers.unet import Downsample, ResidualBlock, SpatialAttention, Upsample, check_images, constrain_image
 from zoo.models.autoencoder_layout import entering, layout
 from zoo.models.published import Layout, PublishedError, flag, number, require, size
 from zoo.models.tiling import tiled
@@ -370,9 +370,8 @@ class Autoencoder(nnx.Module):
         return tile, tile // factor
 
     def _check_images(self, images: jax.Array) -> None:
-        channels, factor = self.config.image_channels, self.config.factor
-        if images.ndim != 4 or images.shape[-1] != channels:
-            raise LayerError(f"images have shape {images.shape}: the network takes [B, Y, X, {channels}]")
+        factor = self.config.factor
+        check_images(images, self.config.image_channels)
         if images.shape[1] % factor or images.shape[2] % factor:
             raise LayerError(
                 f"images are {images.shape[1]} x {images.shape[2]}, which {len(self.config.channels)} levels do not "

@@ -28,7 +28,7 @@ from zoo.layers.norms import LayerNorm
 from zoo.layers.patches import cut_into_patches, patch_grid
 from zoo.layers.positions import grid_sinusoids
 from zoo.layers.transformer import Block, Stack
-from zoo.layers.unet import sinusoidal_time, zeros
+from zoo.layers.unet import check_images, sinusoidal_time, zeros
 from zoo.models.noising import Noising
 from zoo.models.published import Layout, PublishedError, Weight, flag, linear, number, require, size
 from zoo.sharding import constrain
@@ -317,9 +317,8 @@ class DiT(nnx.Module):
         self, images: jax.Array, classes: jax.Array | None, context: jax.Array | None
     ) -> tuple[jax.Array, tuple[int, int]]:
         """The classes, and patches down and across."""
-        channels, side = self.config.image_channels, self.config.patch_size
-        if images.ndim != 4 or images.shape[-1] != channels:
-            raise LayerError(f"images have shape {images.shape}: the network takes [B, Y, X, {channels}]")
+        side = self.config.patch_size
+        check_images(images, self.config.image_channels)
         _, y, x, _ = images.shape
         if y % side or x % side:
             raise LayerError(f"images are {y} x {x}, not whole patches of {side} x {side}: choose multiples of {side}")

@@ -25,6 +25,7 @@ from zoo.layers.unet import (
     SpatialTransformer,
     TimeEmbedding,
     Upsample,
+    check_images,
     constrain_image,
     zeros,
 )
@@ -286,8 +287,7 @@ class UNet(nnx.Module):
     def _check(self, images: jax.Array, classes: jax.Array | None, context: jax.Array | None) -> None:
         config = self.config
         multiple = 2 ** (len(config.channels) - 1)
-        if images.ndim != 4 or images.shape[-1] != config.image_channels:
-            raise LayerError(f"images have shape {images.shape}: the network takes [B, Y, X, {config.image_channels}]")
+        check_images(images, config.image_channels)
         if images.shape[1] % multiple or images.shape[2] % multiple:
             raise LayerError(
                 f"images are {images.shape[1]} x {images.shape[2]}, which {len(config.channels)} levels do not halve "
