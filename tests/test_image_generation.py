@@ -88,6 +88,11 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_pa
     own = sampler_of(pipelines["classes"], method="ddim", steps=4)
     assert own is sampler_of(pipelines["classes"], steps=4) and own.clip is None
     assert own is not sampler_of(pipelines["classes"], method=Euler(), steps=4)
+    # A DiT says how much noise ancestral sampling adds.
+    ancestral = sampler_of(pipelines["classes"], method="ddpm", steps=4)
+    assert ancestral.learned is not None and ancestral.clip is None
+    assert sampler_of(pipelines["unconditional"], method="ddpm", steps=4).learned is None
+    assert np.isfinite(draw(pipelines["classes"], KEY, classes=[1], method="ddpm", steps=2)).all()
     strange = replace(pipelines["classes"], scheduler=dict(pipelines["classes"].scheduler) | {"beta_end": 0.02})
     with pytest.raises(PretrainedError, match=r"transformer was trained under .*0\.015.* scheduler has .*0\.02"):
         sampler_of(strange)

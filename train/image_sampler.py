@@ -27,12 +27,14 @@ MethodName = Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"]
 def table(config: Any, name: MethodName, steps: int, **changes: Any) -> Sampler:
     """A sampler of so many steps for a config with `noising`. Raises UserError, or what the method does.
 
-    changes: to fields of the method, where it has them.
+    changes: to fields of the method, where it has them. One that adds noise of its own adds as much as a network says.
     """
     timesteps = config.noising.timesteps
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
     method: Any = METHODS[name]
+    if getattr(config, "learned_sigma", False):
+        changes["variance"] = "learned"
     method = replace(method, **{field: value for field, value in changes.items() if hasattr(method, field)})
     return method.sampler(schedules.make(config.noising), steps)
 
