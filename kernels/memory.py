@@ -4,7 +4,9 @@ XLA's CPU compiler knows 16-bit floats in products alone. Any other operation re
 cutting one layer out of a stack, or writing it there, converts the stack. Integers it moves as they are.
 """
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +63,28 @@ def awaiting(x: jax.Array, cause: jax.Array) -> jax.Array:
         return jax.lax.cond(known == known, lambda x: x, jax.lax.optimization_barrier, x)
 
     return jax.lax.platform_dependent(x, cause, cpu=on_cpu, default=lambda x, _: x)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def recomputed(f: Callable[..., jax.Array], told: Any, *arguments: Any) -> jax.Array:
+    """`f(told, *arguments)`, of which the backward pass keeps the arguments alone, and computes the rest again.
+
+    As jax.checkpoint has it, which XLA's CPU compiler undoes: outside of loops it merges what is computed twice. Here
+    the second time awaits the gradient, by `told`, a tree of small arrays: what depends on it is what is not kept.
+    """
+    return f(told, *arguments)
+
+
+def _recomputed_forward(f: Callable[..., jax.Array], *arguments: Any) -> tuple[jax.Array, tuple]:
+    return f(*arguments), arguments
+
+
+def _recomputed_backward(f: Callable[..., jax.Array], arguments: tuple, dy: jax.Array) -> tuple:
+    told = jax.tree.map(lambda x: awaiting(x, dy), arguments[0])
+    return jax.vjp(f, told, *arguments[1:])[1](dy)
+
+
+recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:

@@ -1,5 +1,6 @@
 """Two-dimensional convolution over images [B, Y, X, C] with written gradients, and group normalisation."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import cast
 
@@ -7,11 +8,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zoo.kernels import winograd
 from zoo.kernels.memory import awaiting
 from zoo.layers.linear import Initializer, LayerError, Precision
 from zoo.sharding import constrain
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
+Product = Callable[[jax.Array, jax.Array], jax.Array]
 
 fan_average = jax.nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
 """U(-a, a) with a = sqrt(6 / (fan_in + fan_out)) (Glorot and Bengio 2010): what DDPM's networks start from."""
@@ -23,8 +26,23 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, pre
 
     padding: zeros before and after each of Y and X. As deep learning has it, the kernel is not flipped.
     """
-    y = _convolve(x, _gathered(kernel, precision), ("NHWC", "HWIO", "NHWC"), precision, padding, stride=stride)
+    x, kernel = x.astype(precision.compute), _gathered(kernel, precision)
+
+    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
+        return _convolve(x, kernel, ("NHWC", "HWIO", "NHWC"), precision, padding, stride=stride)
+
+    y = _either(_halves(x, kernel, stride, padding), winograd.convolve, direct, x, kernel)
     return y.astype(precision.compute)
+
+
+def _halves(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> bool:
+    """Whether half the multiplications are enough for x, kernel and their gradients; in the compute dtype."""
+    return stride == 1 and padding == ((1, 1), (1, 1)) and winograd.suits(x, kernel)
+
+
+def _either(halves: bool, halved: Product, direct: Product, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
+    """`halved` on CPUs, if so said, else `direct`."""
+    return jax.lax.platform_dependent(lhs, rhs, cpu=halved, default=direct) if halves else direct(lhs, rhs)
 
 
 def _forward(
@@ -43,10 +61,22 @@ def _backward(
         spread = (outputs - 1) * stride + 1
         x_padding.append((window - 1 - before, size - spread + before))
         kernel_padding.append((before, window - 1 + spread - size - before))
+    x, dy = residuals[0].astype(precision.compute), dy.astype(precision.compute)
     turned = _gathered(awaiting(kernel, dy), precision)[::-1, ::-1]
-    dx = _convolve(dy, turned, ("NHWC", "HWOI", "NHWC"), precision, x_padding, spread_lhs=stride)
-    dkernel = _convolve(x, dy, ("CHWN", "IHWO", "HWNC"), precision, kernel_padding, spread_rhs=stride)
-    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+    halves = _halves(x, turned, stride, padding)
+
+    def direct_x(dy: jax.Array, turned: jax.Array) -> jax.Array:
+        return _convolve(dy, turned, ("NHWC", "HWOI", "NHWC"), precision, x_padding, spread_lhs=stride)
+
+    def halved_x(dy: jax.Array, turned: jax.Array) -> jax.Array:
+        return winograd.convolve(dy, turned.swapaxes(2, 3))
+
+    def direct_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return _convolve(x, dy, ("CHWN", "IHWO", "HWNC"), precision, kernel_padding, spread_rhs=stride)
+
+    dx = _either(halves, halved_x, direct_x, dy, turned)
+    dkernel = _either(halves, winograd.kernel_gradient, direct_kernel, x, dy)
+    return dx.astype(residuals[0].dtype), dkernel.astype(kernel.dtype)
 
 
 convolve.defvjp(_forward, _backward)
@@ -152,8 +182,15 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, dtype), axes=("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        grouped = x.astype(jnp.float32).reshape(*x.shape[:3], self.groups, -1)
-        centred = grouped - grouped.mean((1, 2, 4), keepdims=True)
-        variance = jnp.square(centred).mean((1, 2, 4), keepdims=True)
-        y = (centred * jax.lax.rsqrt(variance + self.epsilon)).reshape(x.shape)
-        return (y * self.scale[...] + self.bias[...]).astype(self.compute)
+        x = x.astype(jnp.float32)
+        centred = x - self._means(x)
+        deviation = jax.lax.rsqrt(self._means(jnp.square(centred)) + self.epsilon)
+        return (centred * (deviation * self.scale[...]) + self.bias[...]).astype(self.compute)
+
+    def _means(self, x: jax.Array) -> jax.Array:
+        """[B, Y, X, C] to [B, 1, 1, C]: of each channel's group.
+
+        Over the area first: a group is a few channels, and a sum over both would read a few numbers at a time.
+        """
+        groups = x.mean((1, 2)).reshape(x.shape[0], self.groups, -1).mean(-1)
+        return jnp.repeat(groups, x.shape[-1] // self.groups, 1)[:, None, None]

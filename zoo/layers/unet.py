@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zoo.kernels.memory import recomputed
 from zoo.layers.attention import MultiHeadAttention
 from zoo.layers.convolution import Conv, GroupNorm, fan_average
 from zoo.layers.dropout import dropout
@@ -127,13 +128,18 @@ class ResidualBlock(nnx.Module):
         """x [B, Y, X, I], time [B, time_width]: [B, Y, X, O]. key: for dropout; None drops nothing."""
         if (time is None) != (self.time is None):
             raise LayerError("a residual block is called with time if it is made with time_width, else without")
-        h = self.conv_in(jax.nn.silu(self.norm_in(x)))
+        h = recomputed(_activated, self.norm_in, self.conv_in, x)
         if self.time is not None and time is not None:
             h = h + self.time(jax.nn.silu(time))[:, None, None, :]
         h = constrain_image(h)
-        h = dropout(jax.nn.silu(self.norm_out(h)), self.dropout, key)
-        h = self.conv_out(h)
+        h = recomputed(partial(_activated, rate=self.dropout), self.norm_out, self.conv_out, h, key)
         return constrain_image((x if self.shortcut is None else self.shortcut(x)) + h)
+
+
+def _activated(
+    norm: GroupNorm, conv: Conv, x: jax.Array, key: jax.Array | None = None, *, rate: float = 0.0
+) -> jax.Array:
+    return conv(dropout(jax.nn.silu(norm(x)), rate, key))
 
 
 class SpatialAttention(nnx.Module):
