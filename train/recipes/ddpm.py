@@ -28,7 +28,7 @@ def ddpm_cifar10() -> DDPM:
         model=PRESETS["ddpm-cifar10"],
         data=ImageData(source="cifar10:3.0.2", flip=True, validation_fraction=0.02),
         objective=Denoising(),
-        sampler=ImageSampler(method="ddpm", steps=1000),
+        sampler=ImageSampler(sampler="ddpm", steps=1000),
         optimizer=Optimizer(
             learning_rate=2e-4, warmup_steps=5000, schedule="constant", weight_decay=0.0, b2=0.999, clip_norm=1.0
         ),

@@ -53,7 +53,7 @@ def dit_xl_2() -> LatentDiffusion:
         model=replace(PRESETS["dit-xl-2"], learned_sigma=False, remat="full"),
         data=LatentData(source="imagenet2012:5.1.0", size=256, flip=True, autoencoder="./sd-vae-ft-ema"),
         objective=Denoising(class_dropout=0.1),
-        sampler=LatentSampler(rows=2, columns=4, steps=250, method="ddpm", guidance=4.0),
+        sampler=LatentSampler(rows=2, columns=4, steps=250, sampler="ddpm", guidance=4.0),
         optimizer=Optimizer(
             learning_rate=1e-4, warmup_steps=1, schedule="constant", weight_decay=0.0, b2=0.999, clip_norm=None
         ),

@@ -13,7 +13,7 @@ def text_to_digits() -> TextToImage:
     """A U-Net that reads captions, on scikit-learn's digits: for a CPU, ends in a grid of prompts.
 
     Command:  zoo train text-to-digits
-              zoo sample RUN --prompts "a bold seven" "the digit 4, leaning left" --guidance 5
+              zoo sample RUN --prompt "a bold seven" "the digit 4, leaning left" --guidance 5
     Data:     digits (1797 handwritten digits of 8 x 8 pixels, part of scikit-learn), with captions of what is measured
               of them: which one, bold or thin, leaning left or right; a byte-pair encoding of 320 is trained on those
     Model:    CLIP's text tower in 2 layers of width 64, and the U-Net of ddpm-digits attending to its states; a tenth
@@ -27,7 +27,7 @@ def text_to_digits() -> TextToImage:
         data=CaptionedImageData(source="digits", train_bpe=320, length=16),
         objective=Denoising(caption_dropout=0.1),
         sampler=CaptionSampler(
-            prompts=("a bold handwritten three", "a thin seven", "the digit 4, leaning left", "a one leaning right")
+            prompt=("a bold handwritten three", "a thin seven", "the digit 4, leaning left", "a one leaning right")
         ),
         optimizer=Optimizer(learning_rate=2e-3, warmup_steps=100, b2=0.99, weight_decay=0.01),
         steps=1500,
@@ -53,7 +53,7 @@ def text_to_emoji() -> TextToImage:
         model=PRESETS["text-to-emoji"],
         data=CaptionedImageData(source="./emoji", train_bpe=2048, length=24, size=32),
         objective=Denoising(caption_dropout=0.1),
-        sampler=CaptionSampler(prompts=("red heart", "smiling cat face", "green apple", "blue car")),
+        sampler=CaptionSampler(prompt=("red heart", "smiling cat face", "green apple", "blue car")),
         optimizer=Optimizer(learning_rate=3e-4, warmup_steps=1000, b2=0.99, weight_decay=0.01),
         steps=50_000,
         batch_size=128,
