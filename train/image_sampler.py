@@ -33,7 +33,14 @@ def table(config: Any, name: SamplerName, steps: int, **changes: Any) -> Table:
         raise UserError(f"{steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
     sampler: Any = SAMPLERS[name]
     sampler = replace(sampler, **{field: value for field, value in changes.items() if hasattr(sampler, field)})
-    return sampler.table(schedules.make(config.noising), steps)
+    made = sampler.table(schedules.make(config.noising), steps)
+    signal = made.path.begin.signal.min()
+    if config.noising.target == "noise" and made.clip is None and signal <= schedules.LEAST_SIGNAL:
+        raise UserError(
+            f"a network that predicts noise says nothing of the image where its share is {signal:.2g}, and {name} sets "
+            "no bound to it here: predict velocity (--model.noising.target), or draw pixels by ddim or ddpm"
+        )
+    return made
 
 
 def of_classes(model: Any, asked: Sequence[int], count: int, guidance: float) -> Denoiser:

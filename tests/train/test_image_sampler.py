@@ -145,6 +145,8 @@ def test_classes_that_there_are_not_are_refused(text, words) -> None:
 def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
     with pytest.raises(UserError, match="101 sampling steps are not in the model's 1 to 100"):
         ImageSampler(steps=101).check(Points().config, DATA)
+    with pytest.raises(UserError, match=r"where its share is 4.9e-05, and plms sets no bound to it here: predict"):
+        ImageSampler(sampler="plms").check(SimpleNamespace(noising=Noising("cosine")), DATA)
     with pytest.raises(ValueError, match=r"eta -0.5 is not a share"):
         ImageSampler(eta=-0.5).check(Points().config, DATA)
     with pytest.raises(UserError, match=r"guidance 3.0 needs a model of classes"):

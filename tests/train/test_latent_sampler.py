@@ -10,6 +10,7 @@ from flax import nnx
 from PIL import Image
 
 from zoo import models
+from zoo.models.noising import Noising
 from zoo.train.caption_sampler import CaptionSampler
 from zoo.train.experiment import Sampler, UserError
 from zoo.train.latent_sampler import LatentSampler
@@ -69,6 +70,7 @@ def test_each_prompt_is_a_row(tmp_path: Path, shown: list):
         (CaptionSampler(prompt=("a",), columns=0), TEXT, "0 columns"),
         (LatentSampler(steps=1001), DIT, "1001 sampling steps are not in"),
         (LatentSampler(rows=0), DIT, "0 x 10 images"),
+        (LatentSampler(), dataclasses.replace(DIT, noising=Noising("cosine")), "and ddim sets no bound to it here"),
         (
             LatentSampler(guidance=3.0),
             dataclasses.replace(DIT, null_class=False),

@@ -26,6 +26,7 @@ that is not there yet: samples.png, samples-2.png and so on, or --out. What made
 zoo sample RUN --help and zoo sample PIPELINE --help show the flags.
 
   zoo sample runs/mine --prompt "The for statement" --seed 1
+  zoo sample runs/digits --classes 0-9 --sampler dpmpp_2m --steps 20 --guidance 1.5
   zoo sample google/ddpm-cifar10-32 --count 16 --sampler ddim --steps 50
 """
 
