@@ -49,7 +49,8 @@ def ddpm_fashion() -> DDPM:
     Data:      ./fashion-mnist unless given: the four files of github.com/zalandoresearch/fashion-mnist, which is under
                the MIT licence, train-images-idx3-ubyte.gz and so on; the 10,000 images for tests are held out. MNIST's
                do as well
-    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.8 M parameters; cosine schedule
+    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.8 M parameters; cosine
+               schedule, velocity predicted
     Result:    not run to its end by this project; ddpm-digits is, with the same objective
     Hardware:  one accelerator of 8 GB or more
     """
