@@ -96,6 +96,8 @@ def test_an_image_is_painted_anew_where_the_mask_says(here, capsys) -> None:
         ("unconditional --sampler eular", "unknown sampler 'eular': did you mean euler?"),
         ("text --prompt cat --guidance=-1", "guidance -1.0 does not lead to what is asked for"),
         ("unconditional --out white.png", "--out white.png is there already: name another file"),
+        ("unconditional --out white.png/a.png", "--out white.png/a.png is below white.png, which is a file"),
+        ("unconditional --image white.png --size 9x12", "images of 9 x 12 do not fit this DDIMPipeline"),
         ("unconditional --out white.jpg", "--out white.jpg is no PNG file"),
         ("unconditional --columns 0", "--columns 0 make no grid"),
         ("unconditional --seed=-1", "--seed -1 is not a seed: choose a whole number from 0"),

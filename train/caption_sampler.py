@@ -13,7 +13,7 @@ from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.experiment import UserError
-from zoo.train.image_sampler import SamplerName, table
+from zoo.train.image_sampler import SamplerName, check_guidance, table
 from zoo.train.progress import sampling
 
 
@@ -39,6 +39,7 @@ class CaptionSampler:
         if not self.prompt:
             raise UserError('no text to draw: give some, as --prompt "a three" "a bold four"')
         table(model, self.sampler, self.steps)
+        check_guidance(self.guidance, none=True)
         if self.columns < 1 or (self.scale is not None and self.scale < 1):
             raise UserError(f"{self.columns} columns at scale {self.scale} show nothing: choose both from 1")
 

@@ -43,6 +43,14 @@ def table(config: Any, name: SamplerName, steps: int, **changes: Any) -> Table:
     return made
 
 
+def check_guidance(scale: float, *, none: bool) -> None:
+    """Raises UserError for a scale that leads nowhere. none: whether the model knows what it is to be told nothing."""
+    if not 0 <= scale < float("inf"):
+        raise UserError(f"guidance {scale} does not lead to what is asked for: choose a number from 0, 1 is none")
+    if scale != 1.0 and not none:
+        raise UserError(f"guidance {scale} needs a model of classes with one for none (null_class): leave it at 1")
+
+
 def of_classes(model: Any, asked: Sequence[int], count: int, guidance: float) -> Denoiser:
     """A model of classes as asked for `count` images, of these classes in turn; guidance: its scale, 1 is none."""
     none = model.config.num_classes
@@ -77,10 +85,7 @@ class ImageSampler:
     def check(self, model: Any, data: Any) -> None:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         self._table(model)
-        if self.guidance != 1.0 and not getattr(model, "null_class", False):
-            raise UserError(
-                f"guidance {self.guidance} needs a model of classes with one for none (null_class): leave it at 1"
-            )
+        check_guidance(self.guidance, none=getattr(model, "null_class", False))
         if self.strip < 0:
             raise UserError(f"a strip of {self.strip} images is none: choose a whole number from 0")
         pictures.check_grid(self.rows, self._width(model), self.scale)

@@ -12,8 +12,7 @@ from zoo.diffusion.samplers import Table
 from zoo.diffusion.sampling import Callback, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
-from zoo.train.experiment import UserError
-from zoo.train.image_sampler import SamplerName, of_classes, table
+from zoo.train.image_sampler import SamplerName, check_guidance, of_classes, table
 from zoo.train.progress import sampling
 
 
@@ -36,8 +35,7 @@ class LatentSampler:
     def check(self, model: Any, data: Any) -> None:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         self._table(model)
-        if self.guidance != 1.0 and not getattr(model, "null_class", False):
-            raise UserError(f"--sampler.guidance {self.guidance} needs a model with a class for none: leave it at 1")
+        check_guidance(self.guidance, none=getattr(model, "null_class", False))
         pictures.check_grid(self.rows, self.columns, self.scale)
 
     def sample(

@@ -151,6 +151,8 @@ def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
         ImageSampler(eta=-0.5).check(Points().config, DATA)
     with pytest.raises(UserError, match=r"guidance 3.0 needs a model of classes"):
         ImageSampler(guidance=3.0).check(Points().config, DATA)
+    with pytest.raises(UserError, match="guidance nan does not lead to what is asked for"):
+        ImageSampler(guidance=float("nan")).check(Classes().config, DATA)
     with pytest.raises(UserError, match="a grid of 0 x 8 images is empty"):
         ImageSampler(rows=0).check(Points().config, DATA)
     with pytest.raises(UserError, match="a scale of -1 pixels"):

@@ -68,13 +68,14 @@ def test_each_prompt_is_a_row(tmp_path: Path, shown: list):
         (CaptionSampler(), TEXT, "no text to draw"),
         (CaptionSampler(prompt=("a",), steps=0), TEXT, "0 sampling steps are not in"),
         (CaptionSampler(prompt=("a",), columns=0), TEXT, "0 columns"),
+        (CaptionSampler(prompt=("a",), guidance=-1.0), TEXT, "guidance -1.0 does not lead"),
         (LatentSampler(steps=1001), DIT, "1001 sampling steps are not in"),
         (LatentSampler(rows=0), DIT, "0 x 10 images"),
         (LatentSampler(), dataclasses.replace(DIT, noising=Noising("cosine")), "and ddim sets no bound to it here"),
         (
             LatentSampler(guidance=3.0),
             dataclasses.replace(DIT, null_class=False),
-            "needs a model with a class for none",
+            "needs a model of classes with one for none",
         ),
     ],
 )

@@ -73,6 +73,7 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
     key = key_of(request.seed)
     with told_in_one_line():
         pipeline = zoo.from_pretrained(source, dtype=request.dtype, mesh=mesh)
+        size = None if size is None else wanted_size(pipeline, size)
         image, mask = given_images(request, pipeline, size)
         size = wanted_size(pipeline, image.shape[:2] if image is not None else size)
         table = table_of(
@@ -136,6 +137,8 @@ def new_file(asked: Path | None) -> Path:
         raise UserError(f"--out {asked} is no PNG file: give it the ending .png")
     if asked.exists():
         raise UserError(f"--out {asked} is there already: name another file, or move that one away")
+    if (file := next((place for place in asked.parents if place.is_file()), None)) is not None:
+        raise UserError(f"--out {asked} is below {file}, which is a file: name a folder there")
     return asked.absolute()
 
 
