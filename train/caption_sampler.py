@@ -48,8 +48,9 @@ class CaptionSampler:
     ) -> str:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
+        tokens = data.rows(self.prompt)
         with sampling(table(model.config, self.sampler, self.steps).path.steps, shown=emit is not None) as told:
-            images = self.draw(model, data.rows(self.prompt), key, callback=told)
+            images = self.draw(model, tokens, key, callback=told)
         said = [prompt for prompt in self.prompt for _ in range(self.columns)]
         return pictures.save(images, self.columns, folder, scale=self.scale, captions=said)
 
