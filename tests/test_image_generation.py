@@ -88,6 +88,11 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_pa
     own = table_of(pipelines["classes"], sampler="ddim", steps=4)
     assert own is table_of(pipelines["classes"], steps=4) and own.clip is None
     assert own is not table_of(pipelines["classes"], sampler=Euler(), steps=4)
+    # A DiT says how much noise ancestral sampling adds.
+    ancestral = table_of(pipelines["classes"], sampler="ddpm", steps=4)
+    assert ancestral.learned is not None and ancestral.clip is None
+    assert table_of(pipelines["unconditional"], sampler="ddpm", steps=4).learned is None
+    assert np.isfinite(draw(pipelines["classes"], KEY, classes=[1], sampler="ddpm", steps=2)).all()
     strange = replace(pipelines["classes"], scheduler=dict(pipelines["classes"].scheduler) | {"beta_end": 0.02})
     with pytest.raises(PretrainedError, match=r"transformer was trained under .*0\.015.* scheduler has .*0\.02"):
         table_of(strange)

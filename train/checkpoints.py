@@ -15,16 +15,14 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from zoo.sharding import is_variable
 from zoo.train import arrays, manifest
 from zoo.train.arrays import DamagedError
 from zoo.train.experiment import UserError
 from zoo.train.manifest import Manifest
-from zoo.train.processes import on_first
+from zoo.train.processes import agreed, on_first
 
-_MESSAGE_BYTES = 1000
 _log = logging.getLogger(__name__)
 
 Say = Callable[[str], None]
@@ -294,19 +292,6 @@ def _together(action: Callable[[], Result]) -> Result:
         result = action()
     except DamagedError as error:
         problem = str(error) or "damaged"
-    if problem := _agree(problem):
+    if problem := agreed(problem):
         raise DamagedError(problem)
     return cast(Result, result)
-
-
-def _agree(message: str) -> str:
-    """The first message that is not "" among those of all processes, which wait here for each other."""
-    if jax.process_count() == 1:
-        return message
-    own = np.zeros(_MESSAGE_BYTES, np.uint8)
-    text = np.frombuffer(message.encode(errors="replace")[:_MESSAGE_BYTES], np.uint8)
-    own[: len(text)] = text
-    for row in np.asarray(multihost_utils.process_allgather(own)):
-        if row.any():
-            return row.tobytes().rstrip(b"\0").decode(errors="replace")
-    return ""

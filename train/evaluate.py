@@ -58,7 +58,7 @@ def evaluate_run(
                 f"--bits-per-dimension is of runs of Denoising, not {type(objective).__name__}: leave it out"
             )
         experiment = dataclasses.replace(experiment, objective=dataclasses.replace(objective, bits_per_dimension=True))
-    on_first(experiment.data.prepare)
+    sessions.prepare(experiment.data)
     on_first(lambda: run_folder.check_data(folder, session.dataset("train").info))
     # Micro-batches, lengthened where this mesh has more parts than they have rows.
     rows, ways = experiment.batch_size // experiment.accumulate, sharding.batch_ways(session.mesh)

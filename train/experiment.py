@@ -79,7 +79,10 @@ class DataConfig(Protocol):
         ...
 
     def prepare(self) -> None:
-        """Downloads, writes or indexes what is not there yet. Called on the first process alone; the others wait."""
+        """Downloads, writes or indexes what is not there yet. Called on the first process alone; the others wait.
+
+        Data with a `prepare_together()` too has that called on all of several processes instead.
+        """
         ...
 
     def open(self, split: str, *, batch_size: int, seed: int) -> Dataset:

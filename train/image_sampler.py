@@ -26,12 +26,14 @@ SamplerName = Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"]
 def table(config: Any, name: SamplerName, steps: int, **changes: Any) -> Table:
     """The table of so many steps for a config with `noising`. Raises UserError, or what the sampler does.
 
-    changes: to fields of the sampler, where it has them.
+    changes: to fields of the sampler, where it has them. One that adds noise of its own adds as much as a network says.
     """
     timesteps = config.noising.timesteps
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
     sampler: Any = SAMPLERS[name]
+    if getattr(config, "learned_sigma", False):
+        changes["variance"] = "learned"
     sampler = replace(sampler, **{field: value for field, value in changes.items() if hasattr(sampler, field)})
     made = sampler.table(schedules.make(config.noising), steps)
     signal = made.path.begin.signal.min()

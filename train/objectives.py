@@ -170,9 +170,13 @@ def word_figures(total: float, weight: float, metrics: Mapping[str, float]) -> d
 class Denoising:
     """Mean squared error of what a denoising network predicts at random times, over batches of images, weights [B].
 
+    A network that says a variance as well (`learned_sigma` in its config) learns it from the variational bound, beside
+    the error and without a say in the prediction (Nichol and Dhariwal 2021, equation 16).
+
     The noise and the target are the model's: `model.config.noising`. A model of classes (`num_classes` in its config)
     is given those of `labels` [B] as well, a model of texts (`text` in its config) `tokens` [B, S].
     weighting, gamma: "simple", or "min_snr" (Hang et al. 2023), see zoo.diffusion.losses.weights.
+    bound_weight: what the bound counts beside the error there, in bits per dimension of the whole chain.
     times: "uniform", or on the schedule "flow" also "logit_normal", of Esser et al. 2024.
     class_dropout: share of images that come as of no class, for guidance (Ho and Salimans 2022).
     caption_dropout: share of images whose text is the empty one, for the same.
@@ -182,6 +186,7 @@ class Denoising:
 
     weighting: Literal["simple", "min_snr"] = "simple"
     gamma: float = 5.0
+    bound_weight: float = 1e-3
     times: Literal["uniform", "logit_normal"] = "uniform"
     class_dropout: float = 0.0
     caption_dropout: float = 0.0
@@ -212,17 +217,21 @@ class Denoising:
             jax.random.normal(noise_key, images.shape),
             weighting=weighting,
             gamma=self.gamma,
+            bound_weight=self.bound_weight,
         )
         metrics = {}
         if key is None and self.bits_per_dimension:
-            metrics["bits"] = jnp.sum(weights * variational_bound(denoise, schedule, images, noise_key).total)
+            variance = "learned" if getattr(model.config, "learned_sigma", False) else "small"
+            bound = variational_bound(denoise, schedule, images, noise_key, variance=variance)
+            metrics["bits"] = jnp.sum(weights * bound.total)
         return Loss(jnp.sum(weights * losses), jnp.sum(weights), metrics)
 
     def summary(self, total: float, weight: float, metrics: Mapping[str, float]) -> dict[str, float]:
         """loss: squared error of what is predicted, a pixel and channel, weighted in training alone.
 
-        Of noise, 1 is that of predicting none.  bits_per_dimension: a bound on what a pixel and channel takes to store,
-        where it is asked for; of images given their classes, where the model is told those.
+        Of noise, 1 is that of predicting none. Where a variance is learned, what its bound counts is added.
+        bits_per_dimension: a bound on what a pixel and channel takes to store, where it is asked for; of images given
+        their classes, where the model is told those.
         """
         weight = max(weight, 1.0)
         bits = {"bits_per_dimension": metrics["bits"] / weight} if "bits" in metrics else {}
@@ -260,6 +269,13 @@ class Denoising:
             raise UserError(
                 f"--objective.class-dropout {self.class_dropout} needs a row for no class: "
                 "set the model's num_classes and null_class, or leave it at 0"
+            )
+        if not 0 <= self.bound_weight < math.inf:
+            raise UserError(f"--objective.bound-weight {self.bound_weight} is no weight: choose a number from 0")
+        if getattr(config, "learned_sigma", False) and isinstance(schedule, schedules.Flow):
+            raise UserError(
+                "--model.learned-sigma is of schedules with steps, and the noise schedule is flow: "
+                "give --model.no-learned-sigma"
             )
         if self.times == "logit_normal" and isinstance(schedule, schedules.Discrete):
             raise UserError(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from zoo import sharding
 from zoo.layers.linear import Precision
 from zoo.train import checkpoints, run_folder
-from zoo.train.experiment import DataInfo, Dataset, Placement, UserError
+from zoo.train.experiment import DataConfig, DataInfo, Dataset, Placement, UserError
 from zoo.train.processes import on_first
 from zoo.train.recipes import RECIPES
 from zoo.train.step import AnyExperiment, abstract_state, check_batch, check_numbers, with_compute
@@ -57,10 +57,18 @@ def start(experiment: AnyExperiment, placement: Placement) -> Session:
     mesh = sharding.make_mesh(placement.mesh)
     sharding.check_used(mesh)
     check_batch(experiment, mesh)
-    on_first(experiment.data.prepare)
+    prepare(experiment.data)
     fitted = dataclasses.replace(experiment, model=experiment.data.fit(experiment.model))
     fitted.sampler.check(fitted.model, fitted.data)
     return Session(with_compute(fitted, mesh), mesh)
+
+
+def prepare(data: DataConfig) -> None:
+    """What is not there yet: by the first process while the others wait, or by all where the data shares the work."""
+    if jax.process_count() > 1 and (together := getattr(data, "prepare_together", None)):
+        together()
+    else:
+        on_first(data.prepare)
 
 
 def reopen(folder: Path, placement: Placement) -> Session:

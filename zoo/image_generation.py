@@ -78,14 +78,12 @@ def generate(
         start = vae.config.scaled(vae.encode(image).sample(encode_key))
     if mask is not None:
         painted = reduce(mask, "b (y i) (x j) c -> b y x c", "max", i=factor, j=factor)
-    channels = network.config.image_channels
     name = told_by(pipeline)
     if name == "context":
         given, blank = (None if a is None else pipeline.text_encoder(a).hidden for a in (given, blank))
 
     def ask(x: jax.Array, time: jax.Array, told: Any) -> jax.Array:
-        # What a DiT says of the variance stands behind the prediction.
-        return network(x, time, **({} if name is None else {name: told}))[..., :channels]
+        return network(x, time, **({} if name is None else {name: told}))
 
     denoise = guided(ask, given, blank, scale=guidance, rescale=rescale)
     size = latent_shape(pipeline, shape)
@@ -211,7 +209,8 @@ def table_of(
 ) -> Table:
     """How the pipeline samples, under the noise that its scheduler says; the same object for the same request.
 
-    A sampler by name is the scheduler's own where that is of its kind, else that of SAMPLERS, and bounds no latents.
+    A sampler by name is the scheduler's own where that is of its kind, else that of SAMPLERS, bounds no latents, and
+    has the network's variance where it says one.
     """
     noising, published = scheduler_of(pipeline)
     if isinstance(sampler, str):
@@ -223,8 +222,11 @@ def table_of(
         named = SAMPLERS[sampler]
         if type(named) is type(published):
             named = published
-        elif pipeline.vae is not None and isinstance(named, DDPM | DDIM):
-            named = replace(named, clip=None)
+        else:
+            if pipeline.vae is not None and isinstance(named, DDPM | DDIM):
+                named = replace(named, clip=None)
+            if isinstance(named, DDPM) and getattr(denoiser(pipeline).config, "learned_sigma", False):
+                named = replace(named, variance="learned")
         sampler = named
     steps = usual_steps(pipeline) if steps is None else steps
     return _table(noising, sampler or published, steps, strength)

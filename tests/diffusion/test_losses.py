@@ -68,7 +68,7 @@ def test_bits_per_dimension_of_a_normal_are_the_closed_form(large) -> None:
     deviation, images = 0.25, eight_bits(256, 0.25)
     bound = jax.jit(
         lambda images, key: losses.variational_bound(
-            mixture(schedule, [0.0], deviation), schedule, images, key, large_variance=large
+            mixture(schedule, [0.0], deviation), schedule, images, key, variance="large" if large else "small"
         )
     )(images, jax.random.key(0))
     a = schedule.alpha_bars

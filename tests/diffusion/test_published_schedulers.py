@@ -45,7 +45,8 @@ def test_fields_left_out_have_the_class_s_defaults() -> None:
     ("name", "fields"),
     [
         ("DDPM", {"thresholding": True}),
-        ("DDPM", {"variance_type": "learned_range"}),
+        ("DDPM", {"variance_type": "learned"}),
+        ("DDPM", {"variance_type": "learned_range", "timestep_spacing": "trailing"}),
         ("DDPM", {"variance_type": "fixed_large", "steps_offset": 1}),
         ("DDPM", {"trained_betas": [0.1, 0.2]}),
         ("DDPM", {"beta_schedule": "laplace"}),

@@ -22,7 +22,7 @@ MEANS, DEVIATION = [-0.6, 0.6], 0.1
 # mode's deviation, is for the discretisation.
 CASES = {
     "ddpm": (COSINE, DDPM(clip=None), 250, 0.03),
-    "ddpm large variance": (LINEAR, DDPM(clip=None, large_variance=True), 250, 0.03),
+    "ddpm large variance": (LINEAR, DDPM(clip=None, variance="large"), 250, 0.03),
     "ddim": (LINEAR, DDIM(clip=None), 100, 0.03),
     "ddim eta 0.5": (COSINE, DDIM(clip=None, eta=0.5), 100, 0.03),
     "ddim, velocity from no signal": (ZERO, DDIM(clip=None), 100, 0.03),
@@ -70,7 +70,7 @@ def reference_steps(alpha_bars: np.ndarray, x, noise, fresh, t: int, s: int) -> 
 
 STEPS = {
     "ddpm": DDPM(),
-    "ddpm large variance": DDPM(large_variance=True),
+    "ddpm large variance": DDPM(variance="large"),
     "ddim": DDIM(),
     "ddim eta 0.7": DDIM(eta=0.7),
     "ddim, the network's noise": DDIM(clipped_noise=False),

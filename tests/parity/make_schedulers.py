@@ -3,7 +3,8 @@
     pip install torch==2.13.0 diffusers==0.42.1 && python tests/parity/make_schedulers.py
 
 cases.json has each case's scheduler_config.json, its steps, and eta where there is one. golden.npz has the first noise
-and the fresh noise of all of them, and for each case the times and x after every step, [steps, B, C, Y, X].
+and the fresh noise of all of them, and for each case the times and x after every step, [steps, B, C, Y, X]; of the
+learned variance, its logarithm at every time but the last, [steps - 1, values], where a network says what SAID lists.
 """
 
 import json
@@ -26,6 +27,7 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
     "ddpm_sigmoid": ("DDPMScheduler", {"beta_schedule": "sigmoid", "timestep_spacing": "linspace"}, 50),
     "ddpm_cosine_image": ("DDPMScheduler", {**COSINE, "prediction_type": "sample", "clip_sample_range": 0.5}, 50),
     "ddpm_zero": ("DDPMScheduler", {**ZERO, "clip_sample": False}, 50),
+    "ddpm_learned": ("DDPMScheduler", {"variance_type": "learned_range"}, 50),
     "ddpm_all": ("DDPMScheduler", {"num_train_timesteps": 50, "beta_end": 0.3}, 50),
     "ddim": ("DDIMScheduler", {**STABLE, "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}, 50),
     "ddim_open": ("DDIMScheduler", {**STABLE, "set_alpha_to_one": False, "prediction_type": "v_prediction"}, 50),
@@ -76,8 +78,12 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
 }
 
 
-def network(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    return 0.7 * torch.sin(x) + 0.2 * torch.cos(time / 150)
+SAID = (-1.3, -1.0, 0.0, 0.4, 1.0)
+
+
+def network(x: torch.Tensor, time: torch.Tensor, learned: bool = False) -> torch.Tensor:
+    predicted = 0.7 * torch.sin(x) + 0.2 * torch.cos(time / 150)
+    return torch.cat([predicted, torch.sin(3 * x)], 1) if learned else predicted
 
 
 def run(name: str, fields: dict[str, Any], steps: int, x: torch.Tensor, fresh: torch.Tensor) -> tuple[Any, ...]:
@@ -92,9 +98,17 @@ def run(name: str, fields: dict[str, Any], steps: int, x: torch.Tensor, fresh: t
         if "eta" in fields:
             options["variance_noise"] = fresh[step]
         seen = scheduler.scale_model_input(x, time) if hasattr(scheduler, "scale_model_input") else x
-        x = scheduler.step(network(seen, time), time, x, **options).prev_sample
+        learned = fields.get("variance_type") == "learned_range"
+        x = scheduler.step(network(seen, time, learned), time, x, **options).prev_sample
         passed.append(x.numpy())
     return dict(scheduler.config), scheduler.timesteps.numpy(), np.stack(passed)
+
+
+def log_variances(name: str, fields: dict[str, Any], steps: int) -> np.ndarray:
+    scheduler = getattr(diffusers, name)(**fields)
+    scheduler.set_timesteps(steps)
+    said = torch.tensor(SAID, dtype=torch.float64)
+    return np.stack([scheduler._get_variance(time, said).numpy() for time in scheduler.timesteps[:-1]])
 
 
 def main() -> None:
@@ -105,6 +119,7 @@ def main() -> None:
         config, arrays[f"{case}_times"], arrays[f"{case}_x"] = run(name, fields, steps, x, fresh)
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         cases[case] = {"config": {"_class_name": name, **config}, "steps": steps, "eta": fields.get("eta", 0.0)}
+    arrays["said"], arrays["log_variances"] = np.array(SAID), log_variances(*CASES["ddpm_learned"])
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / "cases.json").write_text(json.dumps(cases, indent=1, sort_keys=True) + "\n")
     np.savez_compressed(FOLDER / "golden.npz", **arrays)

@@ -62,6 +62,17 @@ def test_each_prompt_is_a_row(tmp_path: Path, shown: list):
     assert one.shape == (2, 8, 8, 1) and np.abs(one - other).max() > 1e-4
 
 
+def test_what_a_network_says_of_the_variance_is_sampled_with():
+    config = dataclasses.replace(DIT, learned_sigma=True, null_class=False)
+    for name, learned in (("ddpm", True), ("ddim", False)):
+        sampler = LatentSampler(rows=2, columns=2, steps=3, sampler=name)
+        assert (sampler._table(config).learned is not None) == learned
+        assert sampler._table(DIT).learned is None
+    build = jax.jit(lambda: config.build(nnx.Rngs(0)))
+    latents = LatentSampler(rows=1, columns=2, steps=2, sampler="ddpm").draw(build(), (4, 4, 4), jax.random.key(0))
+    assert latents.shape == (2, 4, 4, 4)
+
+
 @pytest.mark.parametrize(
     ("sampler", "config", "message"),
     [

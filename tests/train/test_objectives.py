@@ -252,6 +252,35 @@ def test_bits_per_dimension_are_the_bound_of_real_rows() -> None:
     assert not Denoising(bits_per_dimension=True).loss(denoiser, batch, jax.random.key(0)).metrics
 
 
+class Saying:
+    """Predicts half of x, and says of the variance that it is the larger one."""
+
+    config = SimpleNamespace(noising=Noising("cosine", 20), learned_sigma=True)
+
+    def __call__(self, x: jax.Array, t: jax.Array, *, key: Any) -> jax.Array:
+        return jnp.concatenate([0.5 * x, jnp.ones_like(x)], -1)
+
+
+class StraightSaying(Saying):
+    config = SimpleNamespace(noising=Noising("flow", target="velocity"), learned_sigma=True)
+
+
+def test_a_learned_variance_is_trained_and_counted() -> None:
+    images = jax.random.uniform(jax.random.key(1), (4, 2, 2, 1), minval=-1, maxval=1)
+    batch, key = blank(4) | {"images": images}, jax.random.key(0)
+    plain, little, much = (float(Denoising(bound_weight=w).loss(Saying(), batch, key).total) for w in (0.0, 0.1, 0.2))
+    assert plain < little and much - plain == pytest.approx(2 * (little - plain), rel=1e-4)
+    loss = Denoising(bits_per_dimension=True).loss(Saying(), batch, None)
+    bound = variational_bound(
+        lambda x, t: Saying()(x, t, key=None),
+        schedules.make(Saying.config.noising),
+        images,
+        jax.random.key(0),
+        variance="learned",
+    )
+    assert float(loss.metrics["bits"]) == pytest.approx(float(bound.total.sum()), rel=1e-5)
+
+
 def test_denoising_on_the_straight_path_has_real_times() -> None:
     denoiser, batch = Labelled(0.0), blank(2000) | {"labels": jnp.zeros(2000, int)}
     for times, deviation in (("uniform", 12**-0.5), ("logit_normal", 0.2083)):
@@ -279,6 +308,8 @@ def test_denoising_is_weighted_in_training_alone() -> None:
     [
         (Denoising(class_dropout=0.1), Denoiser(0.0), "class-dropout 0.1 needs a row for no class"),
         (Denoising(class_dropout=1.5), Labelled(0.0), "class-dropout 1.5 is not a share"),
+        (Denoising(bound_weight=-1.0), Saying(), "bound-weight -1.0 is no weight: choose a number from 0"),
+        (Denoising(), StraightSaying(), "learned-sigma is of schedules with steps, and the noise schedule is flow"),
         (Denoising(times="logit_normal"), Denoiser(0.0), "logit_normal is of the noise schedule flow, not cosine"),
     ],
 )

@@ -6,8 +6,7 @@ The encoder says of each latent a mean and a variance. Both are kept, so that tr
 
 import hashlib
 import json
-import sys
-import time
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,17 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.models.autoencoder import LOG_VARIANCES, Autoencoder
-from zoo.train import checkpoints, manifest, run_folder
-from zoo.train.data.cache import cache_dir, map_file, prepared
+from zoo.models.autoencoder import Autoencoder
+from zoo.train import checkpoints, manifest, processes, run_folder
+from zoo.train.data.cache import cache_dir, map_file, prepared, writable
+from zoo.train.data.encoding import ROWS, Encoding
 from zoo.train.data.files import files_fingerprint
 from zoo.train.data.images import ImageData, Images, image_head, open_images
 from zoo.train.data.splits import SPLITS
 from zoo.train.experiment import DataInfo, Placement, UserError
 
 _FORMAT = 1
-_ROWS = 64  # images encoded at once
-_SHOW = 10  # seconds between lines that say how far it is
 
 
 @dataclass(frozen=True)
@@ -41,6 +39,19 @@ class LatentData(ImageData):
     def prepare(self) -> None:
         """Writes pixels and latents to the cache, unless they are there."""
         self._latents()
+
+    def prepare_together(self) -> None:
+        """`prepare`, by all processes of a run: each encodes its share, and the first of each disk joins them."""
+        processes.on_first(lambda: ImageData.prepare(self))
+        missing = processes.on_each(lambda: self._folder() and not _complete(self._target()))
+        if any(missing):
+            # A run's checkpoint is read by all at once, and they agree on what is wrong with it by themselves.
+            _ = self._autoencoder if self._is_run else processes.on_each(lambda: bool(self._autoencoder))
+            rank, count = processes.beside(cache_dir())
+            processes.on_each(lambda: self._encode(rank, count))
+            processes.on_each(lambda: rank == 0 and self.prepare())
+            # A disk of a network remembers for a while that a folder was not there, until a file is made beside it.
+            processes.on_each(lambda: writable(self._target().parent))
 
     def open(self, split: str, *, batch_size: int, seed: int) -> "Latents":
         """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
@@ -84,7 +95,7 @@ class LatentData(ImageData):
         head, model = _head(self._latents()), self._autoencoder
         unscaled = (latents - np.array(head["offset"], np.float32)) / np.array(head["factor"], np.float32)
         decode = jax.jit(lambda model, latents: model.decode(latents))
-        parts = [decode(model, unscaled[i : i + _ROWS]) for i in range(0, len(unscaled), _ROWS)]
+        parts = [decode(model, unscaled[i : i + ROWS]) for i in range(0, len(unscaled), ROWS)]
         return np.clip(np.concatenate([np.asarray(part) for part in parts]), -1, 1)
 
     @property
@@ -129,52 +140,47 @@ class LatentData(ImageData):
             weights = path / run_folder.CHECKPOINTS / manifest.folder_name(taken[-1])
         return files_fingerprint(path, {"": sorted(file for file in weights.rglob("*") if file.is_file())})
 
-    def _latents(self) -> Path:
-        pixels = self._folder()
-        name = hashlib.sha256(f"{_FORMAT} {pixels.name} {self._fingerprint()} {self.flip}".encode()).hexdigest()[:24]
-        return prepared(cache_dir() / "latents" / name, _complete, lambda partial: self._write(partial, pixels))
+    def _target(self) -> Path:
+        name = f"{_FORMAT} {self._folder().name} {self._fingerprint()} {self.flip}"
+        return cache_dir() / "latents" / hashlib.sha256(name.encode()).hexdigest()[:24]
 
-    def _write(self, folder: Path, pixels: Path) -> None:
+    def _latents(self) -> Path:
+        folder = prepared(self._target(), _complete, self._write)
+        shutil.rmtree(_pieces(folder), ignore_errors=True)
+        return folder
+
+    @cached_property
+    def _encoding(self) -> Encoding:
+        pixels = self._folder()
+        images = {split: open_images(pixels, split, batch_size=1, seed=0, flip=False).pixels for split in SPLITS}
+        return Encoding(self._autoencoder, images, self.flip, _pieces(self._target()))
+
+    def _encode(self, rank: int = 0, count: int = 1) -> None:
+        """This process's share of the pieces, one of `count`; those that are there are left as they are."""
+        target = self._target()
+        if not _complete(target):
+            self._encoding.encode(self._encoding.pieces[rank::count], lambda: _complete(target))
+
+    def _write(self, folder: Path) -> None:
         """Writes {split}.moments and latents.json: mean and log variance, of mirrored images behind those as they are.
 
         Those of training have unit deviation after `latents * factor + offset`: so measured for a run, and for
         published weights as their config says.
         """
-        if jax.process_count() > 1:
-            raise UserError("latents are encoded by one process: start the run once with one, then with all")
-        model, sums, power = self._autoencoder, {}, []
-        shape: tuple[int, ...] = (0, 0, 0)
-        shown = time.monotonic()
-        encode = jax.jit(lambda model, images: model.moments(images))
-        for split in SPLITS:
-            images = open_images(pixels, split, batch_size=1, seed=0, flip=False).pixels
-            digest = hashlib.sha256()
-            with open(folder / f"{split}.moments", "wb") as file:
-                for mirrored in (False, True) if self.flip and split == "train" else (False,):
-                    for first in range(0, len(images), _ROWS):
-                        rows = images[first : first + _ROWS, :, :: -1 if mirrored else 1]
-                        mean, log_variance = np.split(np.asarray(encode(model, _filled(rows)))[: len(rows)], 2, axis=-1)
-                        made = np.concatenate([mean, np.clip(log_variance, *LOG_VARIANCES)], -1).astype(np.float16)
-                        shape = made.shape[1:]
-                        digest.update(made.tobytes())
-                        file.write(made.tobytes())
-                        if split == "train":
-                            power.append(_power(made.astype(np.float64)))
-                        if time.monotonic() > shown + _SHOW:
-                            shown = time.monotonic()
-                            print(f"{first + len(rows):,} of {len(images):,} {split} images encoded", file=sys.stderr)
-            sums[split] = digest.hexdigest()
-        channels = shape[-1] // 2
+        self._encode()
+        shape = self._encoding.shape
+        joined, channels = self._encoding.join(folder), shape[-1] // 2
         if self._is_run:
-            count, total, squares = np.sum(power, 0)
+            count, total, squares = joined.power
             mean = total / count
             factor = np.full(channels, (squares / count - mean**2) ** -0.5)
             offset = -mean * factor
         else:
             # An affine map is known by what it makes of 0 and of 1.
-            offset, end = (np.asarray(model.config.scaled(jnp.full(channels, x, jnp.float32))) for x in (0, 1))
+            scaled = self._autoencoder.config.scaled
+            offset, end = (np.asarray(scaled(jnp.full(channels, x, jnp.float32))) for x in (0, 1))
             factor = end - offset
-        head = {"shape": shape, "sha256": sums, "offset": offset.tolist(), "factor": factor.tolist()}
+        head = {"shape": shape, "sha256": joined.sha256, "offset": offset.tolist(), "factor": factor.tolist()}
         (folder / "latents.json").write_text(json.dumps(head, indent=2))
 
 
@@ -214,16 +220,8 @@ class Latents:
         }
 
 
-def _filled(rows: np.ndarray) -> np.ndarray:
-    """Pixels as the encoder takes them, and as many rows as it was compiled for."""
-    images = rows.astype(np.float32) / 127.5 - 1
-    return np.pad(images, ((0, _ROWS - len(rows)), (0, 0), (0, 0), (0, 0)))
-
-
-def _power(moments: np.ndarray) -> np.ndarray:
-    """Of latents drawn: how many numbers, their sum, and the sum of their squares as it is expected."""
-    mean, log_variance = np.split(moments, 2, axis=-1)
-    return np.array([mean.size, mean.sum(), (mean**2 + np.exp(log_variance)).sum()])
+def _pieces(folder: Path) -> Path:
+    return folder.with_suffix(".pieces")
 
 
 def _head(folder: Path) -> dict[str, Any]:

@@ -43,16 +43,18 @@ def dit_xl_2() -> LatentDiffusion:
 
     Command:   zoo train dit-xl-2 --mesh fsdp=8 --data.autoencoder FOLDER     FOLDER: sd-vae-ft-ema, of diffusers
     Data:      imagenet2012 of TFDS, whose archives you fetch by hand, encoded once, mirrored too: 250 GB of pixels and
-               42 GB of latents in the cache, which one process makes: start the run with one host before all
+               42 GB of latents in the cache, twice that while they are made: all hosts share the work, and it goes on
+               where it was stopped
     Schedule:  the paper's: AdamW at a constant 1e-4 without decay, batches of 256, 400,000 steps (7 million in its last
                table), an average of decay 0.9999, a tenth of the classes left out
-    Not here:  the learned variance, which the paper trains by the variational bound beside the squared error
+    Variance:  learned as in the paper, by the variational bound beside the squared error (Nichol and Dhariwal 2021),
+               and sampled with
     Result:    not run by this project
     Hardware:  256 latents a step: for 8 accelerators of 32 GB or more, or --accumulate 2 and more on smaller ones
     """
     return Experiment(
         name="dit-xl-2",
-        model=replace(PRESETS["dit-xl-2"], learned_sigma=False, remat="full"),
+        model=replace(PRESETS["dit-xl-2"], remat="full"),
         data=LatentData(source="imagenet2012:5.1.0", size=256, flip=True, autoencoder="./sd-vae-ft-ema"),
         objective=Denoising(class_dropout=0.1),
         sampler=LatentSampler(rows=2, columns=4, steps=250, sampler="ddpm", guidance=4.0),

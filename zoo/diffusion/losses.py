@@ -1,6 +1,7 @@
 """Losses of diffusion models: the squared error of what is predicted, weighted, and the variational bound."""
 
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,8 @@ import numpy as np
 
 from zoo.diffusion.paths import Path, along, posterior
 from zoo.diffusion.sampling import Denoiser
-from zoo.diffusion.schedules import Flow, Levels, Schedule, ScheduleError, mixed, target_of
+from zoo.diffusion.schedules import Flow, Levels, Schedule, ScheduleError, mixed, over_images, target_of
+from zoo.diffusion.variance import check_variance, divided, said_by, share, variances
 
 WEIGHTINGS = ("simple", "min_snr")
 
@@ -23,17 +25,26 @@ def denoising(
     *,
     weighting: str = "simple",
     gamma: float = 5.0,
+    bound_weight: float = 1e-3,
 ) -> jax.Array:
     """Mean squared error, per element, of the schedule's target for images [B, Y, X, C] at times [B]: [B] float32.
 
     noise: standard normal [B, Y, X, C]. With the target "noise" and no weighting it is L_simple of Ho et al. 2020,
     equation 14; with "velocity" on the straight path, that of flow matching (Lipman et al. 2023, equation 23).
     weighting, gamma: see `weights`.
+    bound_weight: where the network says a variance as well (zoo.diffusion.variance), what is added is this many times
+        the variational bound in bits per dimension, estimated as the schedule's number of steps times the term of this
+        one; its gradient is of the variance alone. It is L_hybrid of Nichol and Dhariwal 2021, equation 16. At time 0
+        the term is of 8-bit images, as in their code and in that of DiT, where the images are latents.
+    Raises ScheduleError where a network says a variance on a schedule without steps.
     """
     levels = schedule.at(times)
-    predicted = denoise(mixed(levels, images, noise), times).astype(jnp.float32)
-    errors = jnp.square(predicted - target_of(schedule, levels, images, noise)).mean((1, 2, 3))
-    return weights(levels, schedule.target, weighting, gamma) * errors
+    predicted, said = divided(denoise(mixed(levels, images, noise), times), images.shape[-1])
+    errors = predicted - target_of(schedule, levels, images, noise)
+    losses = weights(levels, schedule.target, weighting, gamma) * jnp.square(errors).mean((1, 2, 3))
+    if said is None or not bound_weight:
+        return losses
+    return losses + bound_weight * schedule.timesteps * _bits_of_variance(schedule, images, times, errors, said)
 
 
 def weights(levels: Levels, target: str, weighting: str = "simple", gamma: float = 5.0) -> jax.Array:
@@ -73,29 +84,32 @@ def variational_bound(
     images: jax.Array,
     key: jax.Array,
     *,
-    large_variance: bool = False,
+    variance: str = "small",
     clip: float | None = 1.0,
 ) -> Bound:
     """The bound on -log p(images) of ancestral sampling (Ho et al. 2020, equation 5), one draw of noise a step.
 
-    images [B, Y, X, C]: levels 0 .. 255 as value / 127.5 - 1.  large_variance, clip: as zoo.diffusion.samplers.DDPM.
-    One scan over all the schedule's steps. Raises ScheduleError for a schedule without steps.
+    images [B, Y, X, C]: levels 0 .. 255 as value / 127.5 - 1.  variance, clip: as zoo.diffusion.samplers.DDPM.
+    One scan over all the schedule's steps. Raises ScheduleError for a schedule without steps, and where a learned
+    variance is asked of a network that says none.
     """
-    if isinstance(schedule, Flow):
-        raise ScheduleError("schedule 'flow' has no steps to sum a variational bound over: choose a discrete one")
-    path = along(schedule, np.arange(schedule.timesteps)[::-1].astype(np.float64))
-    rows = {name: jnp.asarray(values, jnp.float32) for name, values in _terms(path, large_variance).items()}
+    check_variance(variance)
+    path = _every_step(schedule)
+    terms = _terms(path)
+    if variance == "large":
+        # The decoder keeps the small one, as Ho et al.'s own code has it.
+        terms["span"][-1] = 0.0
+    rows = {name: jnp.asarray(values, jnp.float32) for name, values in terms.items()}
     rows["time"] = jnp.asarray(path.times, jnp.int32)
 
     def body(bits: jax.Array, row: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
         noise = jax.random.normal(jax.random.fold_in(key, row["time"]), images.shape)
         x = row["signal"] * images + row["sigma"] * noise
-        predicted = row["image_x"] * x + row["image_p"] * denoise(x, jnp.full(x.shape[0], row["time"]))
+        predicted, said = divided(denoise(x, jnp.full(x.shape[0], row["time"])), images.shape[-1])
+        predicted = row["image_x"] * x + row["image_p"] * predicted
         predicted = predicted if clip is None else jnp.clip(predicted, -clip, clip)
-        error = jnp.square(predicted - images).mean((1, 2, 3))
-        # The last row's mean is the predicted image itself.
-        decoder = discretized_nats(images, predicted, row["deviation"]).mean((1, 2, 3))
-        nats = jnp.where(row["time"] > 0, row["constant"] + row["scale"] * error, decoder)
+        part = share(said_by(said)) if variance == "learned" else float(variance == "large")
+        nats = _step_nats(row, images, predicted - images, part)
         return bits + jnp.where(row["time"] > 0, nats, 0.0) / math.log(2), nats / math.log(2)
 
     steps, bits = jax.lax.scan(body, jnp.zeros(images.shape[0]), rows)
@@ -104,22 +118,54 @@ def variational_bound(
     return Bound(prior, steps, bits[-1])
 
 
-def _terms(path: Path, large_variance: bool) -> dict[str, np.ndarray]:
-    """KL divergence of each step's two normals as constant + scale * squared error of the image, in nats [steps]."""
-    step = posterior(path)
-    variance = step.variance.copy()
-    # Nothing is left of the last step's: its decoder has that of the step before (Ho et al.'s own code).
-    variance[-1] = variance[-2] if path.steps > 1 else step.added[-1]
-    chosen = np.append(step.added[:-1], variance[-1]) if large_variance else variance
+def _bits_of_variance(
+    schedule: Schedule, images: jax.Array, times: jax.Array, errors: jax.Array, said: jax.Array
+) -> jax.Array:
+    """The bound's terms at times [B], bits per dimension [B], of which the gradient is that of the variance alone.
+
+    errors: of what is predicted.  said: of the variance, both [B, Y, X, C].
+    """
+    path = _every_step(schedule)
+    table = {name: jnp.asarray(values[::-1], jnp.float32) for name, values in _terms(path).items()}
+    row = {name: over_images(values[times]) for name, values in table.items()} | {"time": over_images(times)}
+    # x is of the true image and noise, so that the image's error is the prediction's by a factor.
+    error = jax.lax.stop_gradient(row["image_p"] * errors)
+    return _step_nats(row, images, error, share(said)) / math.log(2)
+
+
+def _every_step(schedule: Schedule) -> Path:
+    if isinstance(schedule, Flow):
+        raise ScheduleError("schedule 'flow' has no steps to sum a variational bound over: choose a discrete one")
+    return along(schedule, np.arange(schedule.timesteps)[::-1].astype(np.float64))
+
+
+def _terms(path: Path) -> dict[str, np.ndarray]:
+    """What `_step_nats` reads of each step, [steps]."""
+    log_small, span = variances(path)
     return {
         "signal": path.begin.signal,
         "sigma": path.begin.sigma,
         "image_x": path.convert.image_x,
         "image_p": path.convert.image_p,
-        "constant": (variance / chosen - 1.0 - np.log(variance / chosen)) / 2,
-        "scale": step.image**2 / chosen / 2,
-        "deviation": np.sqrt(chosen),
+        "log_small": log_small,
+        "span": span,
+        "scale": np.square(posterior(path).image) * np.exp(-log_small),
     }
+
+
+def _step_nats(row: Mapping[str, jax.Array], images: jax.Array, error: jax.Array, part: jax.Array | float) -> jax.Array:
+    """A step's term of the bound, nats per dimension [B], of the error of the image that is predicted.
+
+    It is the divergence of the posterior from a normal whose variance is `part` of the way from the small to the large
+    one; at time 0, whose mean is the predicted image itself, that of the decoder.
+    """
+    wider = part * row["span"]
+    divergence = (wider + jnp.expm1(-wider) + row["scale"] * jnp.square(error) * jnp.exp(-wider)) / 2
+    last = row["time"] == 0
+    # Errors of noisy times would be infinitely unlikely here, and their gradient is asked for though it is not used.
+    mean, deviation = images + jnp.where(last, error, 0.0), jnp.exp((row["log_small"] + wider) / 2)
+    decoder = discretized_nats(images, mean, deviation)
+    return jnp.where(last, decoder, divergence).mean((1, 2, 3))
 
 
 def discretized_nats(images: jax.Array, mean: jax.Array, deviation: jax.Array) -> jax.Array:

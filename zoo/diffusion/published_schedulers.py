@@ -9,6 +9,7 @@ from zoo.models.noising import Noising
 from zoo.models.published import PublishedError
 
 SCHEDULES = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine", "sigmoid": "sigmoid"}
+VARIANCE_TYPES = {"fixed_small": "small", "fixed_large": "large", "learned_range": "learned"}
 TARGETS = {"epsilon": "noise", "sample": "image", "v_prediction": "velocity"}
 
 _BETAS: dict[str, Any] = {
@@ -87,7 +88,7 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
     "beta_schedule": tuple(SCHEDULES),
     "prediction_type": tuple(TARGETS),
     "timestep_spacing": ("leading", "linspace", "trailing"),
-    "variance_type": ("fixed_small", "fixed_large"),
+    "variance_type": tuple(VARIANCE_TYPES),
     "final_sigmas_type": ("zero", "sigma_min"),
     "solver_order": (1, 2, 3),
     "solver_type": ("midpoint", "heun"),
@@ -188,13 +189,14 @@ def _sampler(name: str, fields: Mapping[str, Any], noising: Noising) -> Sampler:
     common = {"spacing": fields["timestep_spacing"], "offset": fields["steps_offset"]}
     clip = fields["clip_sample_range"] if fields.get("clip_sample") else None
     if name == "DDPMScheduler":
-        large = fields["variance_type"] == "fixed_large"
-        if large and (common["spacing"] == "trailing" or common["offset"]):
+        variance = VARIANCE_TYPES[fields["variance_type"]]
+        if variance != "small" and (common["spacing"] == "trailing" or common["offset"]):
             raise PublishedError(
-                f"scheduler_config.json has variance_type 'fixed_large' with timestep_spacing {common['spacing']!r} "
+                f"scheduler_config.json has variance_type {fields['variance_type']!r} with timestep_spacing "
+                f"{common['spacing']!r} "
                 f"and steps_offset {common['offset']}: the last step would add noise, as none here does"
             )
-        return DDPM(large_variance=large, clip=clip, **common)
+        return DDPM(variance=variance, clip=clip, **common)
     if name == "DDIMScheduler":
         return DDIM(to_image=fields["set_alpha_to_one"], clip=clip, fixed_stride=True, clipped_noise=False, **common)
     if name == "PNDMScheduler":
@@ -255,7 +257,7 @@ def _fields(noising: Noising, sampler: Sampler) -> dict[str, Any]:
         fields["clip_sample"] = sampler.clip is not None
         fields["clip_sample_range"] = 1.0 if sampler.clip is None else sampler.clip
     if isinstance(sampler, DDPM):
-        fields["variance_type"] = "fixed_large" if sampler.large_variance else "fixed_small"
+        fields["variance_type"] = next(theirs for theirs, ours in VARIANCE_TYPES.items() if ours == sampler.variance)
     if isinstance(sampler, Euler | DPMSolver):
         fields["use_karras_sigmas"] = sampler.karras
     if isinstance(sampler, Euler):

@@ -11,6 +11,7 @@ import numpy as np
 
 from zoo.diffusion.paths import Path, along, between, karras, posterior, shifted, spaced, times_of
 from zoo.diffusion.schedules import Flow, Schedule, ScheduleError, from_ratio, ratios
+from zoo.diffusion.variance import Variances, check_variance, variances
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +20,8 @@ class Table:
 
     xs, images, noises, predictions: of x at a step's begin, of the image and the noise predicted there, and of what the
         network said itself. As many lags as have any weight.
-    fresh [steps]: of standard normal noise.  clip: bound put on predicted images (None: none).
+    fresh [steps]: of standard normal noise, or, with `learned`, of noise of the deviation that the network says between
+        these variances.  clip: bound put on predicted images (None: none).
     """
 
     path: Path
@@ -29,6 +31,7 @@ class Table:
     predictions: np.ndarray
     fresh: np.ndarray
     clip: float | None = None
+    learned: Variances | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +66,22 @@ class Sampler(ABC):
 class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
-    large_variance: fresh noise has the step's own variance, the choice that is right for images ~ N(0, 1), instead of
-        the posterior's, which is right for a single image (section 3.2).
+    variance: of fresh noise: "small", the posterior's, which is right for a single image; "large", the step's own,
+        right for images ~ N(0, 1) (section 3.2); or "learned", the network's, see zoo.diffusion.variance.
     """
 
-    large_variance: bool = False
+    variance: str = "small"
     clip: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        check_variance(self.variance)
 
     def weights(self, path: Path) -> Table:
         step = posterior(path)
-        variance = np.where(path.end.sigma > 0, step.added if self.large_variance else step.variance, 0.0)
-        return _table(path, xs=step.x, images=step.image, fresh=np.sqrt(variance), clip=self.clip)
+        learned = variances(path) if self.variance == "learned" else None
+        variance = {"small": step.variance, "large": step.added, "learned": np.ones(path.steps)}[self.variance]
+        fresh = np.sqrt(np.where(path.end.sigma > 0, variance, 0.0))
+        return replace(_table(path, xs=step.x, images=step.image, fresh=fresh, clip=self.clip), learned=learned)
 
 
 @dataclass(frozen=True, kw_only=True)

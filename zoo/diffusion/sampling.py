@@ -9,10 +9,14 @@ import numpy as np
 
 from zoo.diffusion.samplers import Table
 from zoo.diffusion.schedules import ScheduleError
+from zoo.diffusion.variance import divided, said_by, share
 from zoo.sharding import constrain
 
 Denoiser = Callable[[jax.Array, jax.Array], jax.Array]
-"""(x [B, Y, X, C], time [B], whole or real as the schedule has it) to what the network predicts, [B, Y, X, C]."""
+"""(x [B, Y, X, C], time [B], whole or real as the schedule has it) to what the network predicts, [B, Y, X, C].
+
+Or [B, Y, X, 2 C], with what it says of the variance behind: samplers that do not use it leave it alone.
+"""
 
 Callback = Callable[[int, np.ndarray], None]
 """Told the number of each step as it ends, from 0, and x then; in the first process alone, and in no promised order."""
@@ -81,7 +85,7 @@ def walk(
 
     def body(carry: tuple, row: _Row) -> tuple[tuple, None]:
         x, past = carry
-        predicted = denoise(x, jnp.full(x.shape[0], row.time)).astype(jnp.float32)
+        predicted, said = divided(denoise(x, jnp.full(x.shape[0], row.time)), x.shape[-1])
         image = row.image[0] * x + row.image[1] * predicted
         if table.clip is not None:
             image = jnp.clip(image, -table.clip, table.clip)
@@ -90,7 +94,11 @@ def walk(
         terms = [w[i] * lags[i] for w, lags in zip(row.weights, held, strict=True) for i in range(len(w))]
         x = sum(terms[1:], terms[0])
         if adds:
-            x = x + row.fresh * fresh(row.step)
+            deviation = row.fresh
+            if row.learned is not None:
+                log_small, span = row.learned
+                deviation = deviation * jnp.exp((log_small + share(said_by(said)) * span) / 2)
+            x = x + deviation * fresh(row.step)
         if project is not None:
             x = project(x, *row.end)
         if callback is not None:
@@ -116,6 +124,7 @@ def guided(
 
     denoise: (x, time, condition) to a prediction, for any number of rows. condition, blank: trees of arrays [B, ...],
     asked together as one batch of 2 B rows. With scale 1 `condition` alone is asked.
+    What a network says of the variance, behind its prediction, is that of `condition`.
     rescale: share of the result that is given the conditional prediction's deviation, image by image, against too
         much contrast at large scales (Lin et al. 2024, equations 15 and 16).
     """
@@ -133,13 +142,14 @@ def guided(
     def guide(x: jax.Array, time: jax.Array) -> jax.Array:
         predicted = denoise(paired(x, x), paired(time, time), both)
         predicted = predicted.astype(jnp.float32).reshape(x.shape[0], 2, *predicted.shape[1:])
-        given, without = predicted[:, 0], predicted[:, 1]
+        said = predicted[:, 0, ..., x.shape[-1] :]
+        given, without = predicted[:, 0, ..., : x.shape[-1]], predicted[:, 1, ..., : x.shape[-1]]
         mixed = without + scale * (given - without)
         if rescale:
             axes = tuple(range(1, mixed.ndim))
             deviation = jnp.std(given, axes, keepdims=True) / jnp.std(mixed, axes, keepdims=True)
             mixed = mixed * (rescale * deviation + 1 - rescale)
-        return mixed
+        return jnp.concatenate([mixed, said], -1)
 
     return guide
 
@@ -153,6 +163,7 @@ class _Row(NamedTuple):
     noise: Any
     weights: Any
     fresh: Any
+    learned: Any
     end: Any
 
 
@@ -167,6 +178,7 @@ def _rows(table: Table) -> _Row:
         noise=np.stack([convert.noise_x, convert.noise_p], 1),
         weights=[table.xs, table.images, table.noises, table.predictions],
         fresh=table.fresh,
+        learned=None if table.learned is None else tuple(table.learned),
         end=tuple(path.end),
     )
     return jax.tree.map(lambda a: jnp.asarray(a, a.dtype if a.dtype == np.int32 else jnp.float32), row)
