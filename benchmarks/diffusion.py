@@ -70,8 +70,8 @@ def train(config: Any, images: np.ndarray) -> Callable[[], float]:
 def draw(config: Any, images: np.ndarray, steps: int) -> Callable[[], float]:
     """So many steps of DDIM, from noise."""
     model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
-    sampler = samplers.DDIM().sampler(schedules.make(config.noising), steps)
-    compiled = jax.jit(lambda model, key: sample(model, sampler, images.shape, key).std())
+    table = samplers.DDIM().table(schedules.make(config.noising), steps)
+    compiled = jax.jit(lambda model, key: sample(model, table, images.shape, key).std())
     return lambda: float(compiled(model, jax.random.key(0)))
 
 

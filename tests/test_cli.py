@@ -74,6 +74,7 @@ def test_recipe_help_is_grouped_and_explained(capsys: pytest.CaptureFixture[str]
         (["train", "gpt-nano", "--mesh", "dat=2"], "mesh axis 'dat' is unknown"),
         (["train", "gpt-nano", "--mesh", "data=3"], "needs 3 devices and there are 8"),
         (["train", "ddpm-digits", "--sampler.steps", "2000"], "2000 sampling steps are not in the model's 1 to 1000"),
+        (["train", "ddpm-digits", "--model.attention-levels", "5"], "zoo: --model: attention_levels names 5, and"),
         (["train", "gpt-nano", "--sampler.top-p", "2"], "top_p 2.0 is not within 0"),
         (["train", "gpt-nano", "--optimizer.clip-norm", "inf"], "--optimizer.clip-norm inf bounds nothing"),
         (["train", "gpt-nano", "--optimizer.b2", "1"], "--optimizer.b2 1.0 is no decay"),

@@ -105,6 +105,7 @@ def test_a_diffusion_run_becomes_a_pipeline_that_draws_the_same(digits: Path, tm
     here = session.reopen(digits, Placement())
     model, _ = session.trained_model(digits, here)
     pipeline = zoo.from_pretrained(target)
+    assert (pipeline.unet.config.num_classes, pipeline.unet.config.null_class) == (10, True)
     assert pipeline.unet.config.noising == model.config.noising and pipeline.unet.config.image_size == (8, 8)
     told = jnp.ones((8, 8, 8, 1)), jnp.full(8, 7)
     classes = jnp.arange(3, 11)  # The last is none of them.
@@ -135,7 +136,7 @@ def test_a_picture_of_a_run_says_how_it_was_made(digits: Path, capsys: pytest.Ca
         with Image.open(path) as image:
             told = dict(getattr(image, "text", {}))
         assert told["seed"] == "5" and told["step"] == "1"
-        assert "steps=2" in told["sampler"] and told["recipe"] == "ddpm-digits"
+        assert told.items() >= {"recipe": "ddpm-digits", "sampler": "ddim", "steps": "2", "guidance": "1.5"}.items()
 
 
 def test_every_byte_is_its_own_token(tmp_path: Path) -> None:

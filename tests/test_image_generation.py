@@ -12,7 +12,7 @@ import zoo
 from zoo import image_generation, sharding
 from zoo.diffusion.samplers import DDIM, DPMSolver, Euler
 from zoo.diffusion.schedules import ScheduleError
-from zoo.image_generation import DrawingError, draw, sampler_of, text_tokens
+from zoo.image_generation import DrawingError, draw, table_of, text_tokens
 from zoo.models.noising import Noising
 from zoo.pipelines import Pipeline
 from zoo.published_folder import PretrainedError
@@ -80,22 +80,22 @@ def test_prompts_that_are_too_long_are_cut_and_said_to_be(pipelines) -> None:
 
 def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_path) -> None:
     assert pipelines["text"].unet.config.noising == Noising("scaled_linear", 300, "velocity", 0.001, 0.015)
-    assert sampler_of(pipelines["text"]).path.steps == 51  # PLMS goes its first step twice.
-    assert sampler_of(pipelines["unconditional"]).clip == 1.5
-    assert sampler_of(pipelines["unconditional"], method="ddpm", steps=4).clip == 1.0
+    assert table_of(pipelines["text"]).path.steps == 51  # PLMS goes its first step twice.
+    assert table_of(pipelines["unconditional"]).clip == 1.5
+    assert table_of(pipelines["unconditional"], sampler="ddpm", steps=4).clip == 1.0
     # Latents have no bounds, unless the pipeline says so itself.
-    assert sampler_of(pipelines["text"], method="ddim", steps=4).clip is None
-    own = sampler_of(pipelines["classes"], method="ddim", steps=4)
-    assert own is sampler_of(pipelines["classes"], steps=4) and own.clip is None
-    assert own is not sampler_of(pipelines["classes"], method=Euler(), steps=4)
+    assert table_of(pipelines["text"], sampler="ddim", steps=4).clip is None
+    own = table_of(pipelines["classes"], sampler="ddim", steps=4)
+    assert own is table_of(pipelines["classes"], steps=4) and own.clip is None
+    assert own is not table_of(pipelines["classes"], sampler=Euler(), steps=4)
     # A DiT says how much noise ancestral sampling adds.
-    ancestral = sampler_of(pipelines["classes"], method="ddpm", steps=4)
+    ancestral = table_of(pipelines["classes"], sampler="ddpm", steps=4)
     assert ancestral.learned is not None and ancestral.clip is None
-    assert sampler_of(pipelines["unconditional"], method="ddpm", steps=4).learned is None
-    assert np.isfinite(draw(pipelines["classes"], KEY, classes=[1], method="ddpm", steps=2)).all()
+    assert table_of(pipelines["unconditional"], sampler="ddpm", steps=4).learned is None
+    assert np.isfinite(draw(pipelines["classes"], KEY, classes=[1], sampler="ddpm", steps=2)).all()
     strange = replace(pipelines["classes"], scheduler=dict(pipelines["classes"].scheduler) | {"beta_end": 0.02})
     with pytest.raises(PretrainedError, match=r"transformer was trained under .*0\.015.* scheduler has .*0\.02"):
-        sampler_of(strange)
+        table_of(strange)
     with pytest.raises(PretrainedError, match="transformer was trained under"):
         zoo.save_pretrained(strange, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -115,7 +115,7 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_pa
         ("text", {}, "a StableDiffusionPipeline is told a text: give a prompt"),
         ("text", {"prompts": []}, "a StableDiffusionPipeline is told a text: give a prompt"),
         ("classes", {}, "a DiTPipeline is told classes: give them, each 0 to 999"),
-        ("classes", {"classes": [3, 1000]}, "class 1000 is none of this DiTPipeline's: choose from 0 to 999"),
+        ("classes", {"classes": [1000, 1001]}, "class 1001 is none of this DiTPipeline's: choose from 0 to 999"),
         ("classes", {"classes": [3], "size": (10, 8)}, r"images of 10 x 8 .* multiples of 4, such as 8 x 8"),
         ("text", {"prompts": "a", "size": (512, 510)}, r"images of 512 x 510 .* multiples of 4, such as 512 x 512"),
         ("text", {"prompts": "a", "guidance": -1}, "guidance -1 does not lead to what is asked for"),
@@ -123,7 +123,7 @@ def test_the_scheduler_says_what_noise_it_is_and_how_to_sample(pipelines, tmp_pa
         ("unconditional", {"guidance": 2}, "guidance 2 leads a DDIMPipeline nowhere"),
         ("unconditional", {"count": 0}, "0 images are none"),
         ("unconditional", {"steps": 301}, "sampling in 301 steps is not possible with 300: choose 1 to 300"),
-        ("unconditional", {"method": "dpmp_2m"}, "unknown sampler 'dpmp_2m': did you mean dpmpp_2m?"),
+        ("unconditional", {"sampler": "dpmp_2m"}, "unknown sampler 'dpmp_2m': did you mean dpmpp_2m?"),
         ("unconditional", {"strength": 0.5}, "strength 0.5 is of changes to an image, and none is given"),
         ("unconditional", {"mask": np.ones((8, 12, 1))}, "a mask says which parts of an image stay, and no image"),
         ("unconditional", {"image": np.ones((8, 12, 1)), "strength": 1.5}, "strength 1.5 is no share of the steps"),
@@ -156,8 +156,6 @@ def test_parts_that_do_not_fit_are_refused(pipelines) -> None:
 def test_one_compilation_serves_every_seed_and_prompt(pipelines) -> None:
     before = image_generation._generate._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
     for seed, prompt in enumerate(("a", "b", "c")):
-        draw(pipelines["text"], jax.random.key(seed), **(SHORT | {"prompts": prompt, "method": DPMSolver()}))
+        draw(pipelines["text"], jax.random.key(seed), **(SHORT | {"prompts": prompt, "sampler": DPMSolver()}))
     assert image_generation._generate._cache_size() == before + 1  # pyright: ignore[reportFunctionMemberAccess]
-    assert sampler_of(pipelines["text"], method=DDIM(), steps=2) is sampler_of(
-        pipelines["text"], method=DDIM(), steps=2
-    )
+    assert table_of(pipelines["text"], sampler=DDIM(), steps=2) is table_of(pipelines["text"], sampler=DDIM(), steps=2)

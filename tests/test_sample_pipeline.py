@@ -45,9 +45,10 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         return np.asarray(image), dict(getattr(image, "text", {}))
 
 
-def test_images_come_as_a_new_file_that_says_how_they_were_made(here, capsys) -> None:
+def test_images_come_as_a_new_file_that_says_how_they_were_made(here, capsys, shown) -> None:
     for seed in ("3", "4"):
         assert cli.main(["sample", "unconditional", *QUICK, "--sampler", "dpmpp_2m", "--seed", seed]) == 0
+    assert shown == [2, 2, "closed"] * 2
     names = ("samples.png", "samples-2.png")
     out, err = capsys.readouterr()
     assert out.split() == [str(here / name) for name in names] and not err
@@ -59,15 +60,17 @@ def test_images_come_as_a_new_file_that_says_how_they_were_made(here, capsys) ->
 
 
 def test_an_image_is_painted_anew_where_the_mask_says(here, capsys) -> None:
-    flags = ("--image", "odd.png", "--mask", "half.png", "--size", "8x12", "--strength", "0.5", "--count", "1")
-    said = ("--prompt", "ein roter Kater, ärgerlich 猫", "--out", "new/cat.png")
+    flags = ("--image", "odd.png", "--mask", "half.png", "--size", "8x12", "--strength", "0.5", "--columns", "8")
+    said = ("--prompt", "ein roter Kater, ärgerlich 猫", "dogs", "--out", "new/cat.png")
     assert cli.main(["sample", "text", *QUICK, *said, *flags]) == 0
     out, err = capsys.readouterr()
     assert out == f"{here / 'new' / 'cat.png'}\n"
     assert "odd.png is 9x12: resized to 8x12" in err and "warning: the text encoder reads 9 tokens" in err
     pixels, told = read(here / "new" / "cat.png")
-    assert pixels.shape == (8, 12, 3) and (pixels[:, :6] == 200).all() and (pixels[:, 6:] != 200).any()
-    assert told["prompt"] == said[1] and told["strength"] == "0.5" and told["image"] == "odd.png"
+    assert pixels.shape == (8 + 4, 8 * 14 + 2, 3)
+    cats, dogs = pixels[2:10, 2:14], pixels[2:10, 16:28]
+    assert (cats[:, :6] == 200).all() and (cats[:, 6:] != 200).any() and (cats != dogs).any()
+    assert told["prompt"] == "\n".join(said[1:3]) and told["strength"] == "0.5" and told["image"] == "odd.png"
 
 
 @pytest.mark.parametrize(
@@ -76,8 +79,8 @@ def test_an_image_is_painted_anew_where_the_mask_says(here, capsys) -> None:
         ("unconditional --prompt cat", "a prompt cannot be told to a DDIMPipeline, which is told nothing"),
         ("text --prompt cat --classes 3", "classes cannot be told to a StableDiffusionPipeline"),
         ("text", "a StableDiffusionPipeline is told a text: give a prompt"),
-        ("classes --classes 1000", "class 1000 is none of this DiTPipeline's: choose from 0 to 999"),
-        ("classes --classes 3;4", "--classes 3;4 are none: give numbers with commas between them"),
+        ("classes --classes 1000", "class 1000 of 1000: choose from 0 to 999"),
+        ("classes --classes 3;4", "classes '3;4' are no numbers and rising ranges"),
         ("text --prompt cat --size 10x12", "images of 10 x 12 do not fit this StableDiffusionPipeline"),
         ("text --prompt cat --size 10", "--size 10 is none: give height x width in pixels, such as 512x768"),
         ("unconditional --steps 301", "sampling in 301 steps is not possible with 300"),
@@ -93,6 +96,8 @@ def test_an_image_is_painted_anew_where_the_mask_says(here, capsys) -> None:
         ("unconditional --sampler eular", "unknown sampler 'eular': did you mean euler?"),
         ("text --prompt cat --guidance=-1", "guidance -1.0 does not lead to what is asked for"),
         ("unconditional --out white.png", "--out white.png is there already: name another file"),
+        ("unconditional --out white.png/a.png", "--out white.png/a.png is below white.png, which is a file"),
+        ("unconditional --image white.png --size 9x12", "images of 9 x 12 do not fit this DDIMPipeline"),
         ("unconditional --out white.jpg", "--out white.jpg is no PNG file"),
         ("unconditional --columns 0", "--columns 0 make no grid"),
         ("unconditional --seed=-1", "--seed -1 is not a seed: choose a whole number from 0"),

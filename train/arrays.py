@@ -66,7 +66,7 @@ def open_for_read(folder: Path) -> Any:
 
 
 def _spec(folder: Path) -> dict[str, Any]:
-    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.absolute()}/"}}
+    return {"driver": "zarr3", "kvstore": {"driver": "file", "path": f"{folder.resolve()}/"}}
 
 
 def chunk_files(index: Index, shape: Sequence[int], chunks: Sequence[int]) -> Iterator[str]:

@@ -9,35 +9,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.diffusion.sampling import guided, sample
+from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.experiment import UserError
-from zoo.train.image_sampler import MethodName, table
+from zoo.train.image_sampler import SamplerName, check_guidance, table
+from zoo.train.progress import sampling
 
 
 @dataclass(frozen=True)
 class CaptionSampler:
     """A grid of images from a text-to-image network, as PNG, with their texts below them.
 
-    prompts: the texts.  columns: images of each text, which are a row.
-    method: see zoo.diffusion.samplers.  steps: along the schedule.  guidance: scale of classifier-free guidance towards
-    the text, 1 is none.  scale: pixels a side that one pixel is drawn with (None: so many that a row is about 640
-    wide).
+    prompt: the texts.  columns: images of each text, which are a row.
+    sampler: see zoo.diffusion.samplers.  steps: along the schedule.  guidance: scale of classifier-free guidance
+    towards the text, 1 is none.  scale: pixels a side that one pixel is drawn with (None: so many that a row is about
+    640 wide).
     """
 
-    prompts: tuple[str, ...] = ()
+    prompt: tuple[str, ...] = ()
     columns: int = 4
-    method: MethodName = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance: float = 3.0
     scale: int | None = None
 
     def check(self, model: Any, data: Any) -> None:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
-        if not self.prompts:
-            raise UserError('no text to draw: give some, as --sampler.prompts "a three" "a bold four"')
-        table(model, self.method, self.steps)
+        if not self.prompt:
+            raise UserError('no text to draw: give some, as --prompt "a three" "a bold four"')
+        table(model, self.sampler, self.steps)
+        check_guidance(self.guidance, none=True)
         if self.columns < 1 or (self.scale is not None and self.scale < 1):
             raise UserError(f"{self.columns} columns at scale {self.scale} show nothing: choose both from 1")
 
@@ -46,14 +48,19 @@ class CaptionSampler:
     ) -> str:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
-        images = self.draw(model, data.rows(self.prompts), key)
-        said = [prompt for prompt in self.prompts for _ in range(self.columns)]
+        tokens = data.rows(self.prompt)
+        with sampling(table(model.config, self.sampler, self.steps).path.steps, shown=emit is not None) as told:
+            images = self.draw(model, tokens, key, callback=told)
+        said = [prompt for prompt in self.prompt for _ in range(self.columns)]
         return pictures.save(images, self.columns, folder, scale=self.scale, captions=said)
 
-    def draw(self, model: Any, tokens: np.ndarray, key: jax.Array) -> np.ndarray:
-        """`columns` images of each text of tokens [N, S]: [N * columns, Y, X, C], float32 in [-1, 1]."""
+    def draw(self, model: Any, tokens: np.ndarray, key: jax.Array, *, callback: Callback | None = None) -> np.ndarray:
+        """`columns` images of each text of tokens [N, S]: [N * columns, Y, X, C], float32 in [-1, 1].
+
+        callback: see zoo.diffusion.sampling.
+        """
         config = model.config
-        steps = table(config, self.method, self.steps)
+        steps = table(config, self.sampler, self.steps)
         given = tokens.repeat(self.columns, 0)
         blank = np.broadcast_to(np.array(config.blank, np.int32), given.shape)
         shape = (len(given), *config.image_size, config.image_channels)
@@ -63,6 +70,8 @@ class CaptionSampler:
             # The texts are read once, and asked about at every step.
             context, nothing = model.encode(jnp.array(given)), model.encode(jnp.array(blank))
             denoise = guided(lambda x, t, c: model(x, t, context=c), context, nothing, scale=self.guidance)
-            return constrain(jnp.clip(sample(denoise, steps, shape, key), -1, 1), None, None, None, None)
+            return constrain(
+                jnp.clip(sample(denoise, steps, shape, key, callback=callback), -1, 1), None, None, None, None
+            )
 
         return np.asarray(images(model, key))

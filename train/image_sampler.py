@@ -1,7 +1,6 @@
 """What a diffusion model of images shows: a grid of images, and how some of them come out of noise."""
 
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,31 +11,46 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.diffusion import schedules
-from zoo.diffusion.samplers import METHODS, Sampler
+from zoo.diffusion.samplers import SAMPLERS, Table
 from zoo.diffusion.sampling import Callback, Denoiser, guided, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
 from zoo.train.experiment import UserError
-from zoo.train.progress import Quiet, waiting
+from zoo.train.progress import sampling
 
 MOMENTS = 8  # of a denoising strip
 
-MethodName = Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"]
+SamplerName = Literal["ddpm", "ddim", "euler", "dpmpp_2m", "plms"]
 
 
-def table(config: Any, name: MethodName, steps: int, **changes: Any) -> Sampler:
-    """A sampler of so many steps for a config with `noising`. Raises UserError, or what the method does.
+def table(config: Any, name: SamplerName, steps: int, **changes: Any) -> Table:
+    """The table of so many steps for a config with `noising`. Raises UserError, or what the sampler does.
 
-    changes: to fields of the method, where it has them. One that adds noise of its own adds as much as a network says.
+    changes: to fields of the sampler, where it has them. One that adds noise of its own adds as much as a network says.
     """
     timesteps = config.noising.timesteps
     if not 1 <= steps <= timesteps:
         raise UserError(f"{steps} sampling steps are not in the model's 1 to {timesteps}: choose one")
-    method: Any = METHODS[name]
+    sampler: Any = SAMPLERS[name]
     if getattr(config, "learned_sigma", False):
         changes["variance"] = "learned"
-    method = replace(method, **{field: value for field, value in changes.items() if hasattr(method, field)})
-    return method.sampler(schedules.make(config.noising), steps)
+    sampler = replace(sampler, **{field: value for field, value in changes.items() if hasattr(sampler, field)})
+    made = sampler.table(schedules.make(config.noising), steps)
+    signal = made.path.begin.signal.min()
+    if config.noising.target == "noise" and made.clip is None and signal <= schedules.LEAST_SIGNAL:
+        raise UserError(
+            f"a network that predicts noise says nothing of the image where its share is {signal:.2g}, and {name} sets "
+            "no bound to it here: predict velocity (--model.noising.target), or draw pixels by ddim or ddpm"
+        )
+    return made
+
+
+def check_guidance(scale: float, *, none: bool) -> None:
+    """Raises UserError for a scale that leads nowhere. none: whether the model knows what it is to be told nothing."""
+    if not 0 <= scale < float("inf"):
+        raise UserError(f"guidance {scale} does not lead to what is asked for: choose a number from 0, 1 is none")
+    if scale != 1.0 and not none:
+        raise UserError(f"guidance {scale} needs a model of classes with one for none (null_class): leave it at 1")
 
 
 def of_classes(model: Any, asked: Sequence[int], count: int, guidance: float) -> Denoiser:
@@ -53,7 +67,7 @@ class ImageSampler:
 
     columns: None: as many as there are classes asked for, where those are 2 to 16, else 8.
     classes: of a model of classes, each in turn: "all", or such as "3", "0-9", "0,2,5", or "none", which is no class.
-    method: see zoo.diffusion.samplers.  steps: along the schedule; each is a network evaluation (plms has one more).
+    sampler: see zoo.diffusion.samplers.  steps: along the schedule; each is a network evaluation (plms has one more).
     eta: fresh noise of DDIM, 0 (none) to 1 (as much as ancestral).
     guidance: scale of classifier-free guidance towards each image's class, 1 is none.
     strip: how many of the first images are shown from noise on; 0 makes no strip.
@@ -63,7 +77,7 @@ class ImageSampler:
     rows: int = 8
     columns: int | None = None
     classes: str = "all"
-    method: MethodName = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 100
     eta: float = 0.0
     guidance: float = 1.0
@@ -73,10 +87,7 @@ class ImageSampler:
     def check(self, model: Any, data: Any) -> None:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         self._table(model)
-        if self.guidance != 1.0 and not getattr(model, "null_class", False):
-            raise UserError(
-                f"guidance {self.guidance} needs a model of classes with one for none (null_class): leave it at 1"
-            )
+        check_guidance(self.guidance, none=getattr(model, "null_class", False))
         if self.strip < 0:
             raise UserError(f"a strip of {self.strip} images is none: choose a whole number from 0")
         pictures.check_grid(self.rows, self._width(model), self.scale)
@@ -91,13 +102,15 @@ class ImageSampler:
         """
         self.check(model.config, data)
         columns = self._width(model.config)
-        watch = _Watch(self._table(model.config).path.steps, min(self.strip, self.rows * columns), shown=bool(emit))
-        with watch:
-            images = self.draw(model, data.example_shape, key, callback=watch if self.strip or emit else None)
+        steps = self._table(model.config).path.steps
+        with sampling(steps, shown=emit is not None) as told:
+            moments = _Moments(steps, min(self.strip, self.rows * columns), told)
+            images = self.draw(model, data.example_shape, key, callback=moments if self.strip else told)
+            jax.effects_barrier()
         made = {"samples": (images, columns)}
         # Steps call back on the first process alone.
         if self.strip and jax.process_index() == 0:
-            made["denoising"] = (watch.strip(), MOMENTS)
+            made["denoising"] = (moments.strip(), MOMENTS)
         return "\n".join(
             pictures.save(drawn, width, folder, name, scale=self.scale) for name, (drawn, width) in made.items()
         )
@@ -133,8 +146,8 @@ class ImageSampler:
         classes = len(self._asked(config))
         return classes if 2 <= classes <= 16 else 8
 
-    def _table(self, config: Any) -> Sampler:
-        return table(config, self.method, self.steps, eta=self.eta)
+    def _table(self, config: Any) -> Table:
+        return table(config, self.sampler, self.steps, eta=self.eta)
 
 
 def chosen_classes(text: str, count: int, *, none: bool) -> list[int]:
@@ -148,46 +161,37 @@ def chosen_classes(text: str, count: int, *, none: bool) -> list[int]:
         if not none:
             raise UserError("classes none is asked of a model without a class for none (null_class): name some")
         return [count]
-    found: list[int] = []
-    for part in text.split(","):
-        match = re.fullmatch(r" *([0-9]+)(?:-([0-9]+))? *", part)
+    ranges = class_ranges(text)
+    for each in ranges:
+        if each[-1] >= count:
+            raise UserError(f"class {each[-1]} of {count}: choose from 0 to {count - 1}")
+    return [number for each in ranges for number in each]
+
+
+def class_ranges(text: str) -> list[range]:
+    """The numbers that `text` names, whatever classes there are; none of "all" and "none". Raises UserError."""
+    found = []
+    for part in text.split(",") if text not in ("all", "none") else ():
+        match = re.fullmatch(r" *([0-9]{1,18})(?:-([0-9]{1,18}))? *", part)
         if match is None or int(match[2] or match[1]) < int(match[1]):
             raise UserError(f"classes {text!r} are no numbers and rising ranges: write 3, 0-9, 0,2,5, all or none")
-        first, last = int(match[1]), int(match[2] or match[1])
-        if last >= count:
-            raise UserError(f"class {last} of {count}: choose from 0 to {count - 1}")
-        found += range(first, last + 1)
+        found.append(range(int(match[1]), int(match[2] or match[1]) + 1))
     return found
 
 
-class _Watch:
-    """A callback of `sample` that keeps the first `images` at MOMENTS moments, and shows on a terminal how far it is.
+class _Moments:
+    """A callback of `sample` that keeps the first `images` at MOMENTS moments, and tells `other` of every step."""
 
-    As a context it ends once every step has called back, which steps do in no order that is promised.
-    """
-
-    def __init__(self, steps: int, images: int, *, shown: bool):
-        self._images, self._display = images, waiting(steps) if shown else Quiet()
+    def __init__(self, steps: int, images: int, other: Callback | None):
+        self._images, self._other = images, other
         self._moments = np.round(np.linspace(0, steps - 1, MOMENTS)).astype(int)
         self._kept: dict[int, np.ndarray] = {}
-        self._ended, self._began = 0, 0.0
 
     def __call__(self, step: int, x: np.ndarray) -> None:
         if int(step) in self._moments:
             self._kept[int(step)] = np.asarray(x)[: self._images].copy()
-        # What is left is told by the steps after the first, which waited for the compiler.
-        now = time.perf_counter()
-        self._began = self._began or now
-        self._ended += 1
-        if self._ended > 1:
-            self._display.update(self._ended, {"step_seconds": (now - self._began) / (self._ended - 1)})
-
-    def __enter__(self) -> "_Watch":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        jax.effects_barrier()
-        self._display.close()
+        if self._other is not None:
+            self._other(step, x)
 
     def strip(self) -> np.ndarray:
         """A row for each image, from noise to itself: [images * MOMENTS, Y, X, C]."""

@@ -8,26 +8,26 @@ from typing import Any
 import jax
 import numpy as np
 
-from zoo.diffusion.samplers import Sampler
-from zoo.diffusion.sampling import sample
+from zoo.diffusion.samplers import Table
+from zoo.diffusion.sampling import Callback, sample
 from zoo.sharding import constrain
 from zoo.train import pictures
-from zoo.train.experiment import UserError
-from zoo.train.image_sampler import MethodName, of_classes, table
+from zoo.train.image_sampler import SamplerName, check_guidance, of_classes, table
+from zoo.train.progress import sampling
 
 
 @dataclass(frozen=True)
 class LatentSampler:
     """A grid of images from a denoising network of latents, as PNG; of a model of classes, each in turn.
 
-    method: see zoo.diffusion.samplers.  steps: along the schedule.  guidance: scale of classifier-free guidance towards
-    each image's class, 1 is none.  scale: pixels a side that one pixel is drawn with (None: so many that the grid is
-    about 640 wide).
+    sampler: see zoo.diffusion.samplers.  steps: along the schedule.  guidance: scale of classifier-free guidance
+    towards each image's class, 1 is none.  scale: pixels a side that one pixel is drawn with (None: so many that the
+    grid is about 640 wide).
     """
 
     rows: int = 6
     columns: int = 10
-    method: MethodName = "ddim"
+    sampler: SamplerName = "ddim"
     steps: int = 50
     guidance: float = 1.0
     scale: int | None = None
@@ -35,8 +35,7 @@ class LatentSampler:
     def check(self, model: Any, data: Any) -> None:
         """`model`: a config with `noising`. Raises UserError, or ScheduleError for what its schedule cannot do."""
         self._table(model)
-        if self.guidance != 1.0 and not getattr(model, "null_class", False):
-            raise UserError(f"--sampler.guidance {self.guidance} needs a model with a class for none: leave it at 1")
+        check_guidance(self.guidance, none=getattr(model, "null_class", False))
         pictures.check_grid(self.rows, self.columns, self.scale)
 
     def sample(
@@ -44,21 +43,25 @@ class LatentSampler:
     ) -> str:
         """Writes folder/samples.png, and returns its path. Every process takes part; the first one writes."""
         self.check(model.config, data)
-        images = data.decoded(self.draw(model, data.example_shape, key))
+        with sampling(self._table(model.config).path.steps, shown=emit is not None) as told:
+            latents = self.draw(model, data.example_shape, key, callback=told)
+        images = data.decoded(latents)
         return pictures.save(images, self.columns, folder, scale=self.scale)
 
-    def draw(self, model: Any, shape: tuple[int, ...], key: jax.Array) -> np.ndarray:
-        """rows * columns latents of `shape` (y, x, C), float32."""
+    def draw(
+        self, model: Any, shape: tuple[int, ...], key: jax.Array, *, callback: Callback | None = None
+    ) -> np.ndarray:
+        """rows * columns latents of `shape` (y, x, C), float32. callback: see zoo.diffusion.sampling."""
         steps, count = self._table(model.config), self.rows * self.columns
         classes = getattr(model.config, "num_classes", None)
 
         @jax.jit
         def latents(model: Any, key: jax.Array) -> jax.Array:
             denoise = model if classes is None else of_classes(model, range(classes), count, self.guidance)
-            return constrain(sample(denoise, steps, (count, *shape), key), None, None, None, None)
+            return constrain(sample(denoise, steps, (count, *shape), key, callback=callback), None, None, None, None)
 
         return np.asarray(latents(model, key))
 
-    def _table(self, config: Any) -> Sampler:
+    def _table(self, config: Any) -> Table:
         # Latents are of no bounded range, as pixels are.
-        return table(config, self.method, self.steps, clip=None)
+        return table(config, self.sampler, self.steps, clip=None)

@@ -1,11 +1,17 @@
 """What a person sees while a run goes on: a live bar in a terminal, plain lines elsewhere."""
 
+import contextlib
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
+import jax
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from zoo.diffusion.sampling import Callback
 
 
 class Display(Protocol):
@@ -27,9 +33,27 @@ def display(steps: int, unit: str, *, quiet: bool) -> Display:
     return Bar(steps, unit) if sys.stdout.isatty() else Lines(steps, unit)
 
 
-def waiting(steps: int) -> Display:
-    """A bar on standard error where that is a terminal, for what prints its result on standard output."""
-    return Bar(steps, "", console=Console(stderr=True)) if sys.stderr.isatty() else Quiet()
+@contextlib.contextmanager
+def sampling(steps: int, *, shown: bool = True) -> Iterator[Callback | None]:
+    """A bar on standard error while images are drawn, and the callback of `sample` that moves it.
+
+    None, and no bar, without a terminal, where not `shown`, and in several processes, which must compile one program.
+    """
+    if not (shown and jax.process_count() == 1 and sys.stderr.isatty()):
+        yield None
+        return
+    with contextlib.closing(Bar(steps, "", console=Console(stderr=True))) as bar:
+        # What is left is told by the steps after the first, which waited for the compiler.
+        ended: list[float] = []
+
+        def step(number: int, x: np.ndarray) -> None:
+            ended.append(time.perf_counter())
+            if len(ended) > 1:
+                bar.update(len(ended), {"step_seconds": (ended[-1] - ended[0]) / (len(ended) - 1)})
+
+        yield step
+        # Steps call back in no promised order, and some may not have yet.
+        jax.effects_barrier()
 
 
 def duration(seconds: float) -> str:

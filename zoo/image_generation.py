@@ -16,7 +16,7 @@ import numpy as np
 from einops import reduce
 
 from zoo.diffusion import schedules
-from zoo.diffusion.samplers import DDIM, DDPM, METHODS, Method, Sampler
+from zoo.diffusion.samplers import DDIM, DDPM, SAMPLERS, Sampler, Table
 from zoo.diffusion.sampling import Callback, guided, sample
 from zoo.models.noising import Noising
 from zoo.pipelines import PIPELINES, Pipeline, scheduler_of
@@ -51,7 +51,7 @@ def generate(
     key: jax.Array,
     *,
     shape: tuple[int, int, int],
-    sampler: Sampler,
+    table: Table,
     given: jax.Array | None = None,
     blank: jax.Array | None = None,
     guidance: float = 1.0,
@@ -87,7 +87,7 @@ def generate(
 
     denoise = guided(ask, given, blank, scale=guidance, rescale=rescale)
     size = latent_shape(pipeline, shape)
-    images = sample(denoise, sampler, size, draw_key, image=start, mask=painted, noise=noise, callback=callback)
+    images = sample(denoise, table, size, draw_key, image=start, mask=painted, noise=noise, callback=callback)
     if vae is not None:
         images = vae.decode(vae.config.unscaled(images))
     if image is not None and mask is not None:
@@ -96,7 +96,7 @@ def generate(
     return constrain(jnp.clip(images, -1, 1), None, None, None, None)
 
 
-_generate = jax.jit(generate, static_argnames=("shape", "sampler", "guidance", "rescale", "callback"))
+_generate = jax.jit(generate, static_argnames=("shape", "table", "guidance", "rescale", "callback"))
 
 
 def draw(
@@ -108,7 +108,7 @@ def draw(
     classes: Sequence[int] | None = None,
     count: int | None = None,
     steps: int | None = None,
-    method: str | Method | None = None,
+    sampler: str | Sampler | None = None,
     guidance: float | None = None,
     rescale: float = 0.0,
     size: tuple[int, int] | None = None,
@@ -120,9 +120,10 @@ def draw(
 ) -> jax.Array:
     """Images [B, Y, X, C], float32 in [-1, 1]. Over a mesh within `zoo.sharding.use`; the same on any.
 
-    prompts, classes: one for each image, for pipelines that are told them; `count` images take them in turn.
+    prompts, classes: one for each image, for pipelines that are told them; `count` images take them in turn. Class
+        num_classes is none of them, where the network has one for none.
     negative_prompt: what guidance leads away from, nothing said where None.
-    steps, guidance: None: USUAL.  method: a name in METHODS; None: that of the pipeline's scheduler.
+    steps, guidance: None: USUAL.  sampler: a name in SAMPLERS; None: that of the pipeline's scheduler.
     size: (Y, X); None: that of `image`, else what the network was trained on.
     image [Y, X, C] or [B, Y, X, C] in [-1, 1]: what to begin with, `strength` of the steps from the end.
     mask [Y, X, 1] or [B, Y, X, 1]: 1 where to paint that image anew and 0 where it stays.
@@ -134,7 +135,7 @@ def draw(
         raise DrawingError(f"the image has shape {np.shape(image)}: give [Y, X, C], or [B, Y, X, C]")
     sizes = wanted_size(pipeline, np.shape(image)[-3:-1] if size is None and image is not None else size)
     scale = _checked_guidance(pipeline, USUAL[pipeline.kind].guidance if guidance is None else guidance)
-    sampler = sampler_of(pipeline, steps=steps, method=method, strength=share_of_steps(image, mask, strength))
+    table = table_of(pipeline, steps=steps, sampler=sampler, strength=share_of_steps(image, mask, strength))
     given, blank, rows = _told(pipeline, prompts, negative_prompt, classes, count)
     if negative_prompt and scale == 1.0:
         raise DrawingError("guidance 1 leads away from nothing: raise it, or leave the negative prompt out")
@@ -143,7 +144,7 @@ def draw(
         pipeline,
         key,
         shape=shape,
-        sampler=sampler,
+        table=table,
         given=given,
         blank=None if scale == 1.0 else blank,
         guidance=scale,
@@ -203,20 +204,22 @@ def wanted_size(pipeline: Pipeline, size: tuple[int, int] | None = None) -> tupl
     return size
 
 
-def sampler_of(
-    pipeline: Pipeline, *, steps: int | None = None, method: str | Method | None = None, strength: float = 1.0
-) -> Sampler:
+def table_of(
+    pipeline: Pipeline, *, steps: int | None = None, sampler: str | Sampler | None = None, strength: float = 1.0
+) -> Table:
     """How the pipeline samples, under the noise that its scheduler says; the same object for the same request.
 
-    A method by name is the scheduler's own where that is of its kind, else that of METHODS, bounds no latents, and has
-    the network's variance where it says one.
+    A sampler by name is the scheduler's own where that is of its kind, else that of SAMPLERS, bounds no latents, and
+    has the network's variance where it says one.
     """
     noising, published = scheduler_of(pipeline)
-    if isinstance(method, str):
-        if method not in METHODS:
-            nearest = difflib.get_close_matches(method, METHODS, n=1, cutoff=0.0)[0]
-            raise DrawingError(f"unknown sampler {method!r}: did you mean {nearest}? (there are {', '.join(METHODS)})")
-        named = METHODS[method]
+    if isinstance(sampler, str):
+        if sampler not in SAMPLERS:
+            nearest = difflib.get_close_matches(sampler, SAMPLERS, n=1, cutoff=0.0)[0]
+            raise DrawingError(
+                f"unknown sampler {sampler!r}: did you mean {nearest}? (there are {', '.join(SAMPLERS)})"
+            )
+        named = SAMPLERS[sampler]
         if type(named) is type(published):
             named = published
         else:
@@ -224,9 +227,9 @@ def sampler_of(
                 named = replace(named, clip=None)
             if isinstance(named, DDPM) and getattr(denoiser(pipeline).config, "learned_sigma", False):
                 named = replace(named, variance="learned")
-        method = named
+        sampler = named
     steps = usual_steps(pipeline) if steps is None else steps
-    return _sampler(noising, method or published, steps, strength)
+    return _table(noising, sampler or published, steps, strength)
 
 
 def usual_steps(pipeline: Pipeline) -> int:
@@ -234,8 +237,8 @@ def usual_steps(pipeline: Pipeline) -> int:
 
 
 @functools.lru_cache
-def _sampler(noising: Noising, method: Method, steps: int, strength: float) -> Sampler:
-    return method.sampler(schedules.make(noising), steps, strength=strength)
+def _table(noising: Noising, sampler: Sampler, steps: int, strength: float) -> Table:
+    return sampler.table(schedules.make(noising), steps, strength=strength)
 
 
 def text_tokens(pipeline: Pipeline, texts: Sequence[str]) -> np.ndarray:
@@ -295,10 +298,10 @@ def _told(
     if prompts is not None:
         given, blank = text_tokens(pipeline, prompts), text_tokens(pipeline, [negative_prompt or ""])
     elif classes is not None:
-        wrong = [c for c in classes if not 0 <= c <= last]
+        # The row behind the classes is that of none.
+        wrong = [c for c in classes if not 0 <= c <= last + config.null_class]
         if wrong:
             raise DrawingError(f"class {wrong[0]} is none of this {kind}'s: choose from 0 to {last}")
-        # The row behind the classes is that of none.
         given, blank = np.asarray(classes, np.int32), np.array([config.num_classes], np.int32)
     else:
         return None, None, rows

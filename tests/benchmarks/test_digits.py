@@ -12,7 +12,9 @@ from benchmarks import digits
 from zoo import cli
 from zoo.diffusion import schedules
 from zoo.models.noising import Noising
+from zoo.train.caption_sampler import CaptionSampler
 from zoo.train.image_sampler import ImageSampler
+from zoo.train.latent_sampler import LatentSampler
 
 
 @jax.tree_util.register_static
@@ -26,16 +28,51 @@ class Shades:
         return (x - signal * schedules.over_images(jnp.array([-0.5, 0.0, 0.5, 0.5])[classes])) / sigma
 
 
-def test_samples_are_counted_by_what_they_are() -> None:
-    def classify(images: np.ndarray) -> np.ndarray:
-        # It takes class 1 for class 0.
-        return np.where(images.mean((1, 2, 3)) > 0.25, 2, 0)
+def test_samples_of_classes_and_of_none_are_drawn() -> None:
+    sampler = ImageSampler(rows=1, columns=1, steps=5, guidance=1.5)
+    found = digits.drawn(Shades(), sampler, SimpleNamespace(example_shape=(4, 4, 1)), jax.random.key(0), each=2)
+    assert found.asked.tolist() == [0, 1, 2] * 2 and found.blank is not None
+    # Guidance leads away from 0.5.
+    np.testing.assert_allclose(found.images.mean((1, 2, 3)), [-1, -0.25, 0.5] * 2, atol=1e-3)
+    np.testing.assert_allclose(found.blank, np.full((6, 4, 4, 1), 0.5), atol=1e-3)
+    np.testing.assert_array_equal(digits.shares(np.array([1, 1, 9, 1])), [0, 0.75, *[0] * 7, 0.25])
 
-    sampler = ImageSampler(rows=1, columns=1, steps=5)
-    found = digits.counted(Shades(), sampler, (4, 4, 1), classify, jax.random.key(0), each=4)
-    assert found.asked == pytest.approx(2 / 3)
-    np.testing.assert_array_equal(found.each, [0, 0, 1])
-    assert found.conditional.shape == (12, 4, 4, 1)
+
+class Decoder:
+    """Latents that are the images."""
+
+    example_shape = (4, 4, 1)
+
+    def decoded(self, latents: np.ndarray) -> np.ndarray:
+        return latents
+
+
+def test_samples_of_latents_are_decoded() -> None:
+    found = digits.drawn(Shades(), LatentSampler(steps=5), Decoder(), jax.random.key(0), each=2)
+    assert found.asked.tolist() == [0, 1, 2] * 2 and found.blank is None
+    np.testing.assert_allclose(found.images.mean((1, 2, 3)), [-0.5, 0, 0.5] * 2, atol=1e-3)
+
+
+@jax.tree_util.register_static
+class Told(Shades):
+    """The same, of the first token of a text."""
+
+    config = SimpleNamespace(noising=Noising("cosine", 100), image_size=(4, 4), image_channels=1, blank=(3, 3))
+
+    def encode(self, tokens: jax.Array) -> jax.Array:
+        return tokens[:, 0]
+
+    def __call__(self, x: jax.Array, t: jax.Array, context: jax.Array) -> jax.Array:
+        return Shades.__call__(self, x, t, context)
+
+
+def test_samples_of_captions_are_of_those_held_out() -> None:
+    tokens, labels = np.array([[2, 3], [0, 3], [1, 3]]), np.array([8, 0, 1])
+    split = SimpleNamespace(images=SimpleNamespace(labels=labels), batch=lambda step, rows: {"tokens": tokens[rows]})
+    data = SimpleNamespace(open=lambda name, **_: {"validation": split}[name])
+    found = digits.drawn(Told(), CaptionSampler(steps=5, guidance=1.0), data, jax.random.key(0), each=1)
+    assert found.asked.tolist() == [8] * 4 + [0] * 4 + [1] * 4
+    np.testing.assert_allclose(found.images.mean((1, 2, 3)), [0.5] * 4 + [-0.5] * 4 + [0] * 4, atol=1e-3)
 
 
 def test_distances_are_to_the_nearest() -> None:

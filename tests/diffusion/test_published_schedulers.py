@@ -25,18 +25,18 @@ STABLE_DIFFUSION = """{
 
 
 def test_stable_diffusion_s_own_file() -> None:
-    noising, method = from_published(json.loads(STABLE_DIFFUSION))
+    noising, sampler = from_published(json.loads(STABLE_DIFFUSION))
     assert noising == Noising("scaled_linear", 1000, "noise", 0.00085, 0.012)
-    assert method == PLMS(spacing="leading", offset=1, to_image=False)
+    assert sampler == PLMS(spacing="leading", offset=1, to_image=False)
 
 
 def test_fields_left_out_have_the_class_s_defaults() -> None:
     assert from_published({"_class_name": "DDPMScheduler"}) == (Noising(), DDPM(spacing="leading"))
-    assert from_published({"_class_name": "DDIMScheduler"}).method == DDIM(
+    assert from_published({"_class_name": "DDIMScheduler"}).sampler == DDIM(
         spacing="leading", fixed_stride=True, clipped_noise=False
     )
-    assert from_published({"_class_name": "EulerDiscreteScheduler"}).method == Euler()
-    assert from_published({"_class_name": "DPMSolverMultistepScheduler"}).method == DPMSolver()
+    assert from_published({"_class_name": "EulerDiscreteScheduler"}).sampler == Euler()
+    assert from_published({"_class_name": "DPMSolverMultistepScheduler"}).sampler == DPMSolver()
     flow = from_published({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0})
     assert flow == (Noising("flow", 1000, "velocity"), Euler(shift=3.0))
 
@@ -88,7 +88,7 @@ def test_a_class_that_is_not_here_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("noising", "method", "words"),
+    ("noising", "sampler", "words"),
     [
         (Noising(), DDIM(), "diffusers' DDIM has fixed_stride=True and clipped_noise=False"),
         (Noising(), DDPM(to_image=False), "no published form"),
@@ -98,13 +98,13 @@ def test_a_class_that_is_not_here_is_named() -> None:
         (Noising(zero_terminal_snr=True), PLMS(spacing="leading"), "no published form"),
     ],
 )
-def test_what_has_no_published_form_is_refused(noising, method, words) -> None:
+def test_what_has_no_published_form_is_refused(noising, sampler, words) -> None:
     with pytest.raises(PublishedError, match=words):
-        to_published(noising, method)
+        to_published(noising, sampler)
 
 
 def test_eta_is_in_no_file_and_infinity_is_written_as_json_has_it() -> None:
     published = to_published(Noising(), DDIM(eta=0.3, fixed_stride=True, clipped_noise=False))
-    assert from_published(published).method == DDIM(fixed_stride=True, clipped_noise=False)
+    assert from_published(published).sampler == DDIM(fixed_stride=True, clipped_noise=False)
     solver = json.loads(json.dumps(to_published(Noising("cosine"), DPMSolver(order=3))))
-    assert solver["lambda_min_clipped"] == -math.inf and from_published(solver).method == DPMSolver(order=3)
+    assert solver["lambda_min_clipped"] == -math.inf and from_published(solver).sampler == DPMSolver(order=3)

@@ -6,7 +6,7 @@ import pytest
 
 from tests.diffusion.exact import mixture, quantile_distance
 from zoo.diffusion import paths, schedules
-from zoo.diffusion.samplers import DDIM, DDPM, METHODS, PLMS, DPMSolver, Euler, Sampler
+from zoo.diffusion.samplers import DDIM, DDPM, PLMS, SAMPLERS, DPMSolver, Euler, Table
 from zoo.diffusion.sampling import sample
 from zoo.models.noising import Noising
 
@@ -39,17 +39,17 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_exact_score_of_a_mixture_gives_the_mixture(name) -> None:
-    schedule, method, steps, bound = CASES[name]
-    denoise, sampler = mixture(schedule, MEANS, DEVIATION), method.sampler(schedule, steps)
-    x = np.asarray(jax.jit(lambda key: sample(denoise, sampler, (16, 16, 16, 1), key))(jax.random.key(0)))
+    schedule, sampler, steps, bound = CASES[name]
+    denoise, table = mixture(schedule, MEANS, DEVIATION), sampler.table(schedule, steps)
+    x = np.asarray(jax.jit(lambda key: sample(denoise, table, (16, 16, 16, 1), key))(jax.random.key(0)))
     print(name, quantile_distance(x, MEANS, DEVIATION))
     assert quantile_distance(x, MEANS, DEVIATION) < bound
 
 
-def one_step(sampler: Sampler, step: int, x: np.ndarray, image: np.ndarray, noise: np.ndarray, fresh: np.ndarray):
+def one_step(table: Table, step: int, x: np.ndarray, image: np.ndarray, noise: np.ndarray, fresh: np.ndarray):
     """A step of a sampler without history, in float64."""
-    weights = (w[step, 0] if w.shape[1] else 0.0 for w in (sampler.xs, sampler.images, sampler.noises))
-    return sum(w * value for w, value in zip(weights, (x, image, noise), strict=True)) + sampler.fresh[step] * fresh
+    weights = (w[step, 0] if w.shape[1] else 0.0 for w in (table.xs, table.images, table.noises))
+    return sum(w * value for w, value in zip(weights, (x, image, noise), strict=True)) + table.fresh[step] * fresh
 
 
 def reference_steps(alpha_bars: np.ndarray, x, noise, fresh, t: int, s: int) -> dict:
@@ -81,11 +81,11 @@ STEPS = {
 @pytest.mark.parametrize(("t", "s"), [(900, 899), (654, 553), (100, 0), (1, 0), (0, -1), (300, -1)])
 def test_steps_agree_with_the_papers(name, t, s) -> None:
     times = np.array([t, s] if s >= 0 else [t])
-    sampler = STEPS[name].table(paths.along(LINEAR, times))
+    table = STEPS[name].weights(paths.along(LINEAR, times))
     x, noise, fresh = np.random.default_rng(t).normal(size=(3, 8))
     image = (x - np.sqrt(1 - LINEAR.alpha_bars[t]) * noise) / np.sqrt(LINEAR.alpha_bars[t])
     expected = reference_steps(LINEAR.alpha_bars, x, noise, fresh, t, s)[name.partition(",")[0]]
-    np.testing.assert_allclose(one_step(sampler, 0, x, image, noise, fresh), expected, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(one_step(table, 0, x, image, noise, fresh), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("schedule", [LINEAR, COSINE, FLOW], ids=["linear", "cosine", "flow"])
@@ -109,8 +109,8 @@ def test_all_steps_of_ddim_with_eta_1_are_ancestral_sampling() -> None:
     """The same keys give the same draws: eta = 1 has the posterior's mean and variance (Song et al. 2021)."""
     schedule = schedules.make(Noising("linear", 100))
     denoise, key = mixture(schedule, [-0.5, 0.5], 0.2), jax.random.key(3)
-    methods = DDIM(eta=1.0, clip=None), DDPM(clip=None)
-    ddim, ddpm = (sample(denoise, method.sampler(schedule, 100), (8, 2, 2, 1), key) for method in methods)
+    samplers = DDIM(eta=1.0, clip=None), DDPM(clip=None)
+    ddim, ddpm = (sample(denoise, sampler.table(schedule, 100), (8, 2, 2, 1), key) for sampler in samplers)
     np.testing.assert_allclose(ddim, ddpm, atol=2e-4)
 
 
@@ -118,7 +118,7 @@ def test_first_order_methods_without_noise_are_one() -> None:
     """DPM-Solver++ of order 1 and Euler's method are DDIM with eta 0 (Lu et al. 2022, section 4.1)."""
     for schedule in (LINEAR, ZERO, FLOW):
         path = paths.along(schedule, np.linspace(990, 10, 8).round())
-        ddim, euler, dpm = (method.table(path) for method in (DDIM(), Euler(), DPMSolver(order=1)))
+        ddim, euler, dpm = (sampler.weights(path) for sampler in (DDIM(), Euler(), DPMSolver(order=1)))
         x, noise = np.random.default_rng(0).normal(size=(2, 5))
         for i, (signal, sigma) in enumerate(zip(*path.begin, strict=True)):
             image = (x - sigma * noise) / signal
@@ -132,7 +132,7 @@ def test_dpm_solver_is_exact_for_polynomials(order, degree) -> None:
     """Where the predicted image is a polynomial of lambda, the expansion has no error."""
     heun = DPMSolver(order=order, heun=True, to_image=False)
     path = heun.path(LINEAR, 20)
-    table = heun.table(path)
+    table = heun.weights(path)
     lambdas = np.log(path.begin.signal / path.begin.sigma)
     powers = np.polynomial.polynomial.polyvander(lambdas, degree)
     i = 7
@@ -147,8 +147,8 @@ def test_dpm_solver_is_exact_for_polynomials(order, degree) -> None:
 
 
 def test_clipping_bounds_the_image_in_both() -> None:
-    for method in (DDPM(), DDIM()):
-        drawn = sample(lambda x, t: -3.0 * x, method.sampler(LINEAR, 5), (2, 2, 2, 1), jax.random.key(0))
+    for sampler in (DDPM(), DDIM()):
+        drawn = sample(lambda x, t: -3.0 * x, sampler.table(LINEAR, 5), (2, 2, 2, 1), jax.random.key(0))
         assert abs(drawn).max() <= 1.0
 
 
@@ -160,7 +160,7 @@ def test_noise_of_a_clipped_image_is_what_remains_of_x(clipped) -> None:
     noise = (x - signal * said) / sigma
     # As the scan does it: the image is clipped, the noise is the network's.
     image = np.clip(said, -1, 1)
-    found = one_step(DDIM(clipped_noise=clipped).table(path), 0, x, image, noise, 0 * x)
+    found = one_step(DDIM(clipped_noise=clipped).weights(path), 0, x, image, noise, 0 * x)
     remains = (x - signal * image) / sigma if clipped else noise
     np.testing.assert_allclose(found, signal_end * image + sigma_end * remains, rtol=1e-9)
 
@@ -171,7 +171,7 @@ def test_spacings_are_those_of_the_table() -> None:
     np.testing.assert_array_equal(paths.spaced(LINEAR, 4, "leading", 1), [751, 501, 251, 1])
     np.testing.assert_array_equal(paths.spaced(LINEAR, 10, "linspace").round(), np.arange(9, -1, -1) * 111)
     np.testing.assert_array_equal(paths.spaced(FLOW, 4), [1000, 750, 500, 250])
-    np.testing.assert_array_equal(METHODS["dpmpp_2m"].path(LINEAR, 3).times, [999, 666, 333])
+    np.testing.assert_array_equal(SAMPLERS["dpmpp_2m"].path(LINEAR, 3).times, [999, 666, 333])
     assert (np.diff(DDIM().path(LINEAR, 7).times) < 0).all()
 
 
@@ -186,28 +186,28 @@ def test_histories_are_as_long_as_they_are_needed() -> None:
     }
 
 
-TABLES = {name: method.sampler(LINEAR, 20) for name, method in METHODS.items()}
+TABLES = {name: sampler.table(LINEAR, 20) for name, sampler in SAMPLERS.items()}
 
 
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: DDIM().sampler(LINEAR, 1001), "in 1001 steps is not possible with 1000"),
-        (lambda: DDPM().sampler(LINEAR, 0), "in 0 steps"),
-        (lambda: DPMSolver().sampler(LINEAR, 1000), "in 1000 steps does not fit between 1000 times: choose 1 to 999"),
-        (lambda: PLMS().sampler(LINEAR, 1), "PLMS in 1 step has nothing to extrapolate"),
-        (lambda: PLMS().sampler(ZERO, 10), "PLMS cannot begin where nothing of the image is left"),
+        (lambda: DDIM().table(LINEAR, 1001), "in 1001 steps is not possible with 1000"),
+        (lambda: DDPM().table(LINEAR, 0), "in 0 steps"),
+        (lambda: DPMSolver().table(LINEAR, 1000), "in 1000 steps does not fit between 1000 times: choose 1 to 999"),
+        (lambda: PLMS().table(LINEAR, 1), "PLMS in 1 step has nothing to extrapolate"),
+        (lambda: PLMS().table(ZERO, 10), "PLMS cannot begin where nothing of the image is left"),
         (lambda: DDIM(eta=1.5), "eta 1.5 is not a share"),
         (lambda: DPMSolver(order=4), "of order 4 is unknown: choose 1, 2 or 3"),
-        (lambda: DDIM(spacing="even").sampler(LINEAR, 5), "spacing 'even' is unknown: choose one of trailing"),
-        (lambda: DDIM(spacing="leading", offset=3).sampler(LINEAR, 1000), "with offset 3 reach time 1002"),
-        (lambda: DDIM().sampler(LINEAR, 50, strength=0.01), "strength 0.01 leaves none of 50 steps"),
-        (lambda: DDIM().sampler(LINEAR, 50, strength=1.2), "choose from 0.02 to 1"),
-        (lambda: DDIM().sampler(LINEAR, 50, strength=-0.5), "strength -0.5"),
-        (lambda: Euler(shift=3.0).sampler(LINEAR, 5), "shift 3.0 is of the schedule 'flow'"),
-        (lambda: Euler(karras=True).sampler(FLOW, 5), "leave karras off"),
+        (lambda: DDIM(spacing="even").table(LINEAR, 5), "spacing 'even' is unknown: choose one of trailing"),
+        (lambda: DDIM(spacing="leading", offset=3).table(LINEAR, 1000), "with offset 3 reach time 1002"),
+        (lambda: DDIM().table(LINEAR, 50, strength=0.01), "strength 0.01 leaves none of 50 steps"),
+        (lambda: DDIM().table(LINEAR, 50, strength=1.2), "choose from 0.02 to 1"),
+        (lambda: DDIM().table(LINEAR, 50, strength=-0.5), "strength -0.5"),
+        (lambda: Euler(shift=3.0).table(LINEAR, 5), "shift 3.0 is of the schedule 'flow'"),
+        (lambda: Euler(karras=True).table(FLOW, 5), "leave karras off"),
         (
-            lambda: DDIM().sampler(schedules.make(Noising(zero_terminal_snr=True)), 5),
+            lambda: DDIM().table(schedules.make(Noising(zero_terminal_snr=True)), 5),
             "target 'noise' says nothing of the image at time 999",
         ),
     ],

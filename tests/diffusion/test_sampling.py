@@ -9,7 +9,7 @@ import pytest
 
 from tests.diffusion.exact import mixture
 from zoo.diffusion import schedules
-from zoo.diffusion.samplers import DDIM, DDPM, METHODS
+from zoo.diffusion.samplers import DDIM, DDPM, SAMPLERS
 from zoo.diffusion.sampling import guided, sample
 from zoo.models.noising import Noising
 from zoo.sharding import make_mesh, use
@@ -17,7 +17,9 @@ from zoo.sharding import make_mesh, use
 SCHEDULE = schedules.make(Noising("cosine", 50))
 DENOISE = mixture(SCHEDULE, [-0.5, 0.5], 0.2)
 SHAPE = (8, 4, 4, 1)
-DRAW = {name: jax.jit(partial(sample, DENOISE, method.sampler(SCHEDULE, 6), SHAPE)) for name, method in METHODS.items()}
+DRAW = {
+    name: jax.jit(partial(sample, DENOISE, sampler.table(SCHEDULE, 6), SHAPE)) for name, sampler in SAMPLERS.items()
+}
 
 
 @pytest.mark.parametrize("name", ["ddpm", "ddim"])
@@ -27,12 +29,12 @@ def test_samples_are_functions_of_the_key(name) -> None:
     assert abs(one - other).min() > 0
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_eight_devices_draw_what_one_draws(name) -> None:
     key = jax.random.key(2)
     expected = np.asarray(DRAW[name](key))
     with use(make_mesh("data=4,fsdp=2")):
-        found = jax.jit(lambda key: sample(DENOISE, METHODS[name].sampler(SCHEDULE, 6), SHAPE, key))(key)
+        found = jax.jit(lambda key: sample(DENOISE, SAMPLERS[name].table(SCHEDULE, 6), SHAPE, key))(key)
         assert len(found.sharding.device_set) == 8
     np.testing.assert_allclose(np.asarray(found), expected, atol=2e-6)
 
@@ -41,7 +43,7 @@ def test_eight_devices_guide_and_keep_as_one_does() -> None:
     def draw(key: jax.Array) -> jax.Array:
         mask = jnp.zeros((8, 4, 4, 1)).at[:, :2].set(1)
         denoise = guided(conditional, GIVEN / 8, BLANK, scale=2.0, rescale=0.5)
-        return sample(denoise, DDIM().sampler(SCHEDULE, 3), SHAPE, key, image=IMAGE, mask=mask)
+        return sample(denoise, DDIM().table(SCHEDULE, 3), SHAPE, key, image=IMAGE, mask=mask)
 
     expected = np.asarray(jax.jit(draw)(jax.random.key(4)))
     with use(make_mesh("data=4,fsdp=2")):
@@ -51,18 +53,16 @@ def test_eight_devices_guide_and_keep_as_one_does() -> None:
 
 def test_a_sampler_compiles_to_one_loop() -> None:
     schedule = schedules.make(Noising("cosine"))
-    sampler, denoise = DDPM().sampler(schedule, 1000), mixture(schedule, [0.0], 0.5)
-    text = jax.jit(lambda key: sample(denoise, sampler, (2, 2, 2, 1), key)).lower(jax.random.key(0)).as_text()
+    table, denoise = DDPM().table(schedule, 1000), mixture(schedule, [0.0], 0.5)
+    text = jax.jit(lambda key: sample(denoise, table, (2, 2, 2, 1), key)).lower(jax.random.key(0)).as_text()
     assert len(text.splitlines()) < 2000
     assert text.count("stablehlo.while") < 6
 
 
 def test_the_callback_is_told_of_every_step() -> None:
     told = {}
-    sampler = DDIM().sampler(SCHEDULE, 6)
-    last = sample(
-        DENOISE, sampler, SHAPE, jax.random.key(0), callback=lambda i, x: told.update({int(i): np.asarray(x)})
-    )
+    table = DDIM().table(SCHEDULE, 6)
+    last = sample(DENOISE, table, SHAPE, jax.random.key(0), callback=lambda i, x: told.update({int(i): np.asarray(x)}))
     jax.effects_barrier()
     assert sorted(told) == [0, 1, 2, 3, 4, 5]
     np.testing.assert_array_equal(told[5], last)
@@ -73,35 +73,35 @@ IMAGE = jax.random.uniform(jax.random.key(9), SHAPE, minval=-1, maxval=1)
 
 def test_full_strength_is_sampling_from_noise() -> None:
     key = jax.random.key(0)
-    sampler = DDIM().sampler(SCHEDULE, 6, strength=1.0)
-    found = sample(DENOISE, sampler, SHAPE, key, image=IMAGE)
-    np.testing.assert_array_equal(found, sample(DENOISE, sampler, SHAPE, key))
+    table = DDIM().table(SCHEDULE, 6, strength=1.0)
+    found = sample(DENOISE, table, SHAPE, key, image=IMAGE)
+    np.testing.assert_array_equal(found, sample(DENOISE, table, SHAPE, key))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_image_to_image_begins_part_of_the_way(name) -> None:
     """A network that knows the image keeps it; times and levels are those of the last steps."""
-    whole = METHODS[name].path(SCHEDULE, 10)
-    sampler = METHODS[name].sampler(SCHEDULE, 10, strength=0.35)
-    assert (sampler.path.begin.signal[0], sampler.path.begin.sigma[0]) == sampler.path.first
-    assert sampler.path.first == (whole.begin.signal[7], whole.begin.sigma[7])
-    assert sampler.path.times[-1] == whole.times[-1]
-    assert len(sampler.path.times) == 3 + (name == "plms")
+    whole = SAMPLERS[name].path(SCHEDULE, 10)
+    table = SAMPLERS[name].table(SCHEDULE, 10, strength=0.35)
+    assert (table.path.begin.signal[0], table.path.begin.sigma[0]) == table.path.first
+    assert table.path.first == (whole.begin.signal[7], whole.begin.sigma[7])
+    assert table.path.times[-1] == whole.times[-1]
+    assert len(table.path.times) == 3 + (name == "plms")
 
     def knowing(x: jax.Array, times: jax.Array) -> jax.Array:
         signal, sigma = (schedules.over_images(values) for values in SCHEDULE.at(times))
         return (x - signal * IMAGE) / sigma
 
-    found = sample(knowing, sampler, SHAPE, jax.random.key(0), image=IMAGE)
+    found = sample(knowing, table, SHAPE, jax.random.key(0), image=IMAGE)
     np.testing.assert_allclose(found, IMAGE, atol=1e-4 if name != "ddpm" else 1e-3)
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_inpainting_keeps_what_is_known(strength) -> None:
     mask = jnp.zeros((8, 4, 4, 1)).at[:, :2].set(1)
-    for method in (DDIM(), DDPM(), DDIM(to_image=False)):
-        sampler = method.sampler(SCHEDULE, 6, strength=strength)
-        found = sample(DENOISE, sampler, SHAPE, jax.random.key(0), image=IMAGE, mask=mask)
+    for sampler in (DDIM(), DDPM(), DDIM(to_image=False)):
+        table = sampler.table(SCHEDULE, 6, strength=strength)
+        found = sample(DENOISE, table, SHAPE, jax.random.key(0), image=IMAGE, mask=mask)
         np.testing.assert_array_equal(found[:, 2:], IMAGE[:, 2:])
         assert abs(found[:, :2] - IMAGE[:, :2]).min() > 1e-4
 
@@ -117,8 +117,8 @@ def test_inpainting_fits_what_it_paints_to_what_it_keeps() -> None:
 
     image = jnp.broadcast_to(jnp.linspace(-0.9, 0.9, 8)[:, None, None, None], SHAPE)
     mask = jnp.zeros((8, 4, 4, 1)).at[:, :1].set(1)
-    sampler = DDPM(clip=None).sampler(SCHEDULE, 50)
-    found = sample(alike, sampler, SHAPE, jax.random.key(1), image=image, mask=mask)
+    table = DDPM(clip=None).table(SCHEDULE, 50)
+    found = sample(alike, table, SHAPE, jax.random.key(1), image=image, mask=mask)
     assert abs(found[:, :1] - image[:, :1]).mean() < 0.2
 
 
@@ -160,10 +160,10 @@ def test_guidance_is_its_formula(rescale) -> None:
 
 
 def test_a_mistake_is_one_line() -> None:
-    key, half = jax.random.key(0), DDIM().sampler(SCHEDULE, 6, strength=0.5)
+    key, half = jax.random.key(0), DDIM().table(SCHEDULE, 6, strength=0.5)
     with pytest.raises(ValueError, match="less than full strength begins with parts of an image, and none is given"):
         sample(DENOISE, half, SHAPE, key)
     with pytest.raises(ValueError, match="a mask keeps parts of an image"):
-        sample(DENOISE, DDIM().sampler(SCHEDULE, 6), SHAPE, key, mask=jnp.ones(SHAPE))
+        sample(DENOISE, DDIM().table(SCHEDULE, 6), SHAPE, key, mask=jnp.ones(SHAPE))
     with pytest.raises(ValueError, match=r"guidance rescale 1.5 is not a share"):
         guided(conditional, GIVEN, BLANK, scale=2.0, rescale=1.5)

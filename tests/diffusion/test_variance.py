@@ -12,7 +12,7 @@ from scipy.stats import norm
 
 from tests.diffusion.exact import mixture
 from zoo.diffusion import losses, schedules
-from zoo.diffusion.samplers import DDIM, DDPM, METHODS
+from zoo.diffusion.samplers import DDIM, DDPM, SAMPLERS
 from zoo.diffusion.sampling import guided, sample, walk
 from zoo.diffusion.schedules import ScheduleError
 from zoo.models.noising import Noising
@@ -150,8 +150,8 @@ def test_the_ends_of_the_range_are_the_fixed_variances(said, variance) -> None:
         (DDPM(variance="learned", spacing="leading"), DDPM(variance=variance, spacing="leading")),
         (DDIM(eta=0.5), DDIM(eta=0.5)),
     ):
-        found = sample(network, one.sampler(SCHEDULE, STEPS // 2), shape, key)
-        np.testing.assert_allclose(found, sample(denoise, other.sampler(SCHEDULE, STEPS // 2), shape, key), atol=1e-5)
+        found = sample(network, one.table(SCHEDULE, STEPS // 2), shape, key)
+        np.testing.assert_allclose(found, sample(denoise, other.table(SCHEDULE, STEPS // 2), shape, key), atol=1e-5)
     images = jnp.round(255 * jax.random.uniform(key, shape)) / 127.5 - 1
     found = losses.variational_bound(network, SCHEDULE, images, key, variance="learned")
     expected = losses.variational_bound(denoise, SCHEDULE, images, key, variance=variance)
@@ -188,11 +188,11 @@ def test_a_mistake_is_one_line() -> None:
     images, key = jnp.zeros((1, 2, 2, 2)), jax.random.key(0)
     silent = "variance 'learned' is asked of a network that says none: choose small or large"
     with pytest.raises(ScheduleError, match=silent):
-        walk(lambda x, t: x, DDPM(variance="learned").sampler(SCHEDULE, 2), images, lambda step: images)
+        walk(lambda x, t: x, DDPM(variance="learned").table(SCHEDULE, 2), images, lambda step: images)
     with pytest.raises(ScheduleError, match=silent):
         losses.variational_bound(lambda x, t: x, SCHEDULE, images, key, variance="learned")
     with pytest.raises(ScheduleError, match="gives 1 channels for images of 2: a prediction has 2, and one with"):
-        walk(lambda x, t: x[..., :1], METHODS["ddim"].sampler(SCHEDULE, 2), images, lambda step: images)
+        walk(lambda x, t: x[..., :1], SAMPLERS["ddim"].table(SCHEDULE, 2), images, lambda step: images)
     with pytest.raises(ScheduleError, match="variance 'huge' is unknown: choose one of small, large, learned"):
         DDPM(variance="huge")
     flow = schedules.make(Noising("flow", target="velocity"))

@@ -284,7 +284,14 @@ def test_presets_are_what_their_published_configs_say(name) -> None:
 
 
 def test_the_null_class_is_published_as_one_of_the_classes() -> None:
-    assert TOLD.to_published()["num_class_embeds"] == 6
+    """Its number is told in a field that diffusers passes over (a UNet2DModel knows of none)."""
+    fields = TOLD.to_published()
+    assert fields["num_class_embeds"] == 6 and fields["_null_class"] == 5
+    read = UNetConfig.from_published(fields)
+    assert (read.num_classes, read.null_class) == (5, True)
+    assert "_null_class" not in dataclasses.replace(TOLD, null_class=False).to_published()
+    with pytest.raises(PublishedError, match="_null_class 3 and num_class_embeds 6: the class for none is the last"):
+        UNetConfig.from_published(fields | {"_null_class": 3})
 
 
 def test_fields_that_older_files_leave_out_are_as_diffusers_takes_them() -> None:

@@ -29,32 +29,32 @@ def network(x: jax.Array, times: jax.Array) -> jax.Array:
 @pytest.mark.parametrize("case", CASES)
 def test_every_step_of_a_trajectory_agrees(case) -> None:
     """To 2e-5 at each step, although nothing is set right on the way. The layout of pixels does not matter here."""
-    noising, method = published_schedulers.from_published(CASES[case]["config"])
-    method = replace(method, eta=CASES[case]["eta"]) if isinstance(method, DDIM) else method
+    noising, sampler = published_schedulers.from_published(CASES[case]["config"])
+    sampler = replace(sampler, eta=CASES[case]["eta"]) if isinstance(sampler, DDIM) else sampler
     schedule = schedules.make(noising)
-    sampler = method.sampler(schedule, CASES[case]["steps"])
-    assert_close(sampler.path.times, GOLDEN[f"{case}_times"], case)
+    table = sampler.table(schedule, CASES[case]["steps"])
+    assert_close(table.path.times, GOLDEN[f"{case}_times"], case)
     fresh, found = jnp.asarray(GOLDEN["fresh"]), {}
     walk(
         network,
-        sampler,
-        sampler.path.first[1] * GOLDEN["noise"],
+        table,
+        table.path.first[1] * GOLDEN["noise"],
         lambda step: fresh[step],
         callback=lambda step, x: found.update({int(step): np.asarray(x)}),
     )
     jax.effects_barrier()
     for step, expected in enumerate(GOLDEN[f"{case}_x"]):
         x = found[step]
-        if isinstance(method, Euler) and isinstance(schedule, Discrete):
+        if isinstance(sampler, Euler) and isinstance(schedule, Discrete):
             # Hugging Face's Euler keeps x over signal.
-            x = x / sampler.path.end.signal[step]
+            x = x / table.path.end.signal[step]
         assert_close(x, expected, f"{case}, step {step}")
 
 
 def test_the_range_of_a_learned_variance() -> None:
     """Of the published scheduler's own tables, which are in float32."""
-    noising, method = published_schedulers.from_published(CASES["ddpm_learned"]["config"])
-    log_small, span = variances(method.path(schedules.make(noising), CASES["ddpm_learned"]["steps"]))
+    noising, sampler = published_schedulers.from_published(CASES["ddpm_learned"]["config"])
+    log_small, span = variances(sampler.path(schedules.make(noising), CASES["ddpm_learned"]["steps"]))
     found = log_small[:-1, None] + share(GOLDEN["said"]) * span[:-1, None]
     np.testing.assert_allclose(found, GOLDEN["log_variances"], atol=2e-4)
 

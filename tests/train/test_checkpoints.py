@@ -86,6 +86,15 @@ def test_restores_what_was_saved(tmp_path):
     assert checkpoints.verify(7) == []
 
 
+def test_a_folder_can_be_named_by_way_of_another(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    saved(Path("../run"), 3)
+    found = load(Path("../run"), jax.eval_shape(build).model, "model")
+    assert found.step == 3 and not list((tmp_path / "here").iterdir())
+    assert_same(found.state, build(3).model)
+
+
 def test_no_checkpoint(tmp_path):
     checkpoints, _ = reopened(tmp_path / "absent")
     assert checkpoints.restore(abstract()) is None and checkpoints.steps() == []

@@ -8,13 +8,11 @@ import pytest
 from PIL import Image
 
 from zoo.diffusion import schedules
-from zoo.diffusion.samplers import METHODS
+from zoo.diffusion.samplers import SAMPLERS
 from zoo.models.noising import Noising
 from zoo.sharding import make_mesh, use
-from zoo.train import image_sampler
 from zoo.train.experiment import UserError
 from zoo.train.image_sampler import ImageSampler, chosen_classes
-from zoo.train.progress import Quiet
 
 DATA = SimpleNamespace(example_shape=(4, 6, 1))
 
@@ -37,9 +35,9 @@ class Points:
         return cls()
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_grid_of_samples_is_written(tmp_path, method) -> None:
-    sampler = ImageSampler(rows=2, columns=3, method=method, steps=20, scale=2)
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_grid_of_samples_is_written(tmp_path, sampler) -> None:
+    sampler = ImageSampler(rows=2, columns=3, sampler=sampler, steps=20, scale=2)
     paths = sampler.sample(Points(), DATA, jax.random.key(0), tmp_path).splitlines()
     assert paths == [str(tmp_path / "samples.png"), str(tmp_path / "denoising.png")]
     picture, strip = (np.asarray(Image.open(path)) for path in paths)
@@ -64,20 +62,11 @@ def test_a_strip_follows_its_images_and_can_be_left_out(tmp_path) -> None:
     assert plain == grid and not (tmp_path / "denoising.png").exists()
 
 
-def test_a_person_who_waits_sees_every_step(tmp_path, monkeypatch) -> None:
-    shown = []
-
-    class Display(Quiet):
-        def update(self, step, figures) -> None:
-            shown.append((step, figures["step_seconds"]))
-
-        def close(self) -> None:
-            shown.append("closed")
-
-    monkeypatch.setattr(image_sampler, "waiting", lambda steps: shown.append(steps) or Display())
-    sampler = ImageSampler(rows=1, columns=2, method="plms", steps=6, strip=0)
+@pytest.mark.parametrize("strip", [0, 1])
+def test_a_person_who_waits_sees_every_step(tmp_path, shown, strip) -> None:
+    sampler = ImageSampler(rows=1, columns=2, sampler="plms", steps=6, strip=strip)
     sampler.sample(Points(), DATA, jax.random.key(0), tmp_path, print)
-    assert shown[0] == 7 and [step for step, _ in shown[1:-1]] == list(range(2, 8)) and shown[-1] == "closed"
+    assert shown == [7, 2, 3, 4, 5, 6, 7, "closed"]
     del shown[:]
     sampler.sample(Points(), DATA, jax.random.key(0), tmp_path)
     assert not shown
@@ -156,10 +145,14 @@ def test_classes_that_there_are_not_are_refused(text, words) -> None:
 def test_steps_outside_the_schedule_and_empty_grids_are_refused() -> None:
     with pytest.raises(UserError, match="101 sampling steps are not in the model's 1 to 100"):
         ImageSampler(steps=101).check(Points().config, DATA)
+    with pytest.raises(UserError, match=r"where its share is 4.9e-05, and plms sets no bound to it here: predict"):
+        ImageSampler(sampler="plms").check(SimpleNamespace(noising=Noising("cosine")), DATA)
     with pytest.raises(ValueError, match=r"eta -0.5 is not a share"):
         ImageSampler(eta=-0.5).check(Points().config, DATA)
     with pytest.raises(UserError, match=r"guidance 3.0 needs a model of classes"):
         ImageSampler(guidance=3.0).check(Points().config, DATA)
+    with pytest.raises(UserError, match="guidance nan does not lead to what is asked for"):
+        ImageSampler(guidance=float("nan")).check(Classes().config, DATA)
     with pytest.raises(UserError, match="a grid of 0 x 8 images is empty"):
         ImageSampler(rows=0).check(Points().config, DATA)
     with pytest.raises(UserError, match="a scale of -1 pixels"):

@@ -1,6 +1,7 @@
 """Images with captions: the configuration that a person writes, and batches of pixels and tokens."""
 
 import hashlib
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -111,9 +112,17 @@ class CaptionedImageData(TokenizedText):
         return {"bos": self.vocabulary.roles["begin"], "eos": (end,), "pad": end}
 
     def rows(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions as batches have them, int32 [B, S]."""
+        """Captions as batches have them, int32 [B, S]; says of which the end is cut."""
         begin, end = self.vocabulary.roles["begin"], self.vocabulary.end_of_text
-        made = self.load_tokenizer().encode(captions)
+        tokenizer, longest = self.load_tokenizer(), self.length - 2
+        made = tokenizer.encode(captions)
+        for tokens in made:
+            if len(tokens) > longest:
+                lost = tokenizer.decode(tokens[longest:])
+                print(
+                    f"a text has {len(tokens)} tokens, and {longest} are read: it is cut before {lost!r}",
+                    file=sys.stderr,
+                )
         return np.stack([caption_row(tokens, self.length, begin, end) for tokens in made])
 
     def _source(self) -> CaptionSource:

@@ -28,7 +28,7 @@ def ddpm_cifar10() -> DDPM:
         model=PRESETS["ddpm-cifar10"],
         data=ImageData(source="cifar10:3.0.2", flip=True, validation_fraction=0.02),
         objective=Denoising(),
-        sampler=ImageSampler(method="ddpm", steps=1000),
+        sampler=ImageSampler(sampler="ddpm", steps=1000),
         optimizer=Optimizer(
             learning_rate=2e-4, warmup_steps=5000, schedule="constant", weight_decay=0.0, b2=0.999, clip_norm=1.0
         ),
@@ -49,7 +49,8 @@ def ddpm_fashion() -> DDPM:
     Data:      ./fashion-mnist unless given: the four files of github.com/zalandoresearch/fashion-mnist, which is under
                the MIT licence, train-images-idx3-ubyte.gz and so on; the 10,000 images for tests are held out. MNIST's
                do as well
-    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.8 M parameters; cosine schedule
+    Model:     3 levels of width 64, 128 and 128, self-attention at 14 x 14 and 7 x 7, 6.8 M parameters; cosine
+               schedule, velocity predicted
     Result:    not run to its end by this project; ddpm-digits is, with the same objective
     Hardware:  one accelerator of 8 GB or more
     """

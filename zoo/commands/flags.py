@@ -110,6 +110,8 @@ def _sentence(box: str) -> str:
     body = itertools.dropwhile(lambda pair: pair[1], list(zip(lines, rules, strict=True))[1:])
     words = [line for line, _ in itertools.takewhile(lambda pair: not pair[1], body)]
     message = " ".join(words).removeprefix("Error parsing ").partition("Got errors:")[0].strip().rstrip(".")
+    # A dataclass that refuses its values is named by its place among the parts.
+    message = re.sub(r"^part[0-9]+\.?(\S*): ", lambda found: f"--{found[1]}: " if found[1] else "", message)
     return message[:1].lower() + message[1:] if message else "the command line could not be read"
 
 

@@ -5,7 +5,7 @@ Of a published pipeline instead of a run, the flags are those of zoo.commands.sa
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import jax
@@ -26,6 +26,7 @@ that is not there yet: samples.png, samples-2.png and so on, or --out. What made
 zoo sample RUN --help and zoo sample PIPELINE --help show the flags.
 
   zoo sample runs/mine --prompt "The for statement" --seed 1
+  zoo sample runs/digits --classes 0-9 --sampler dpmpp_2m --steps 20 --guidance 1.5
   zoo sample google/ddpm-cifar10-32 --count 16 --sampler ddim --steps 50
 """
 
@@ -71,7 +72,10 @@ def main(arguments: Sequence[str]) -> int:
         from zoo.train import pictures
 
         told = {"run": str(folder), "recipe": experiment.name, "step": str(step), "seed": str(draw.seed)}
-        told |= {"sampler": str(sampler), "command": shlex.join(["zoo", "sample", *arguments])}
+        for name, value in asdict(sampler).items():
+            if value is not None:
+                told[name] = "\n".join(value) if isinstance(value, tuple) else str(value)
+        told |= {"command": shlex.join(["zoo", "sample", *arguments])}
         for path in made:
             pictures.describe(path, told | {"Software": f"flaxzoo {__version__}"})
     print("" if streamed else result)

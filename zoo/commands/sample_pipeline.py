@@ -10,31 +10,39 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import zoo
 from zoo import sharding
 from zoo.commands.flags import parse
 from zoo.commands.runs import Devices, key_of
-from zoo.diffusion.sampling import Callback
-from zoo.image_generation import USUAL, draw, image_channels, sampler_of, share_of_steps, usual_steps, wanted_size
+from zoo.image_generation import (
+    USUAL,
+    denoiser,
+    draw,
+    image_channels,
+    share_of_steps,
+    table_of,
+    told_by,
+    usual_steps,
+    wanted_size,
+)
 from zoo.pipelines import Pipeline
 from zoo.train import launch, pictures
 from zoo.train.experiment import UserError
+from zoo.train.image_sampler import chosen_classes, class_ranges
 from zoo.train.processes import is_first
+from zoo.train.progress import sampling
 
 
 @dataclass(frozen=True)
 class Request:
     """What to draw. What is left out is as the pipeline is published."""
 
-    prompt: str | None = None  # what to draw, of pipelines that are told a text
+    prompt: tuple[str, ...] = ()  # what to draw, of pipelines that are told a text; one or several
     negative_prompt: str | None = None  # what guidance leads away from
-    classes: str | None = None  # what to draw, of pipelines that are told classes: 207,360
-    count: int | None = None  # images; as many as classes, else 1
+    classes: str | None = None  # what to draw, of pipelines that are told classes: 207,360, or 0-9, all, none
+    count: int | None = None  # images; as many as prompts or classes, else 1
     columns: int | None = None  # of the grid; about as many as rows
     steps: int | None = None  # along the schedule
     sampler: str | None = None  # ddpm, ddim, euler, dpmpp_2m or plms
@@ -53,7 +61,8 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
     description = f"Draws from {source}, a published pipeline, into a new PNG file; its metadata say how."
     request, devices = parse((Request(), Devices()), arguments, prog=f"zoo sample {source}", description=description)
     # What needs no weights to be refused is refused before they are read.
-    size, classes = parsed_size(request.size), parsed_classes(request.classes)
+    size = parsed_size(request.size)
+    class_ranges(request.classes or "all")
     share_of_steps(request.image, request.mask, request.strength)
     if request.columns is not None and request.columns < 1:
         raise UserError(f"--columns {request.columns} make no grid: choose a number from 1")
@@ -64,31 +73,32 @@ def sample_pipeline(source: str, arguments: Sequence[str]) -> int:
     key = key_of(request.seed)
     with told_in_one_line():
         pipeline = zoo.from_pretrained(source, dtype=request.dtype, mesh=mesh)
+        size = None if size is None else wanted_size(pipeline, size)
         image, mask = given_images(request, pipeline, size)
         size = wanted_size(pipeline, image.shape[:2] if image is not None else size)
-        sampler = sampler_of(
+        table = table_of(
             pipeline,
             steps=request.steps,
-            method=request.sampler,
+            sampler=request.sampler,
             strength=share_of_steps(image, mask, request.strength),
         )
-        with sharding.use(mesh), progress(sampler.path.steps) as step:
+        with sharding.use(mesh), sampling(table.path.steps) as told:
             images = draw(
                 pipeline,
                 key,
-                prompts=request.prompt,
+                prompts=request.prompt or None,
                 negative_prompt=request.negative_prompt,
-                classes=classes,
-                count=1 if request.count is None and classes is None else request.count,
+                classes=wanted_classes(pipeline, request.classes),
+                count=request.count,
                 steps=request.steps,
-                method=request.sampler,
+                sampler=request.sampler,
                 guidance=request.guidance,
                 rescale=request.rescale,
                 size=size,
                 image=image,
                 mask=mask,
                 strength=request.strength,
-                callback=step,
+                callback=told,
             )
             images = np.asarray(images)
     if is_first():
@@ -108,12 +118,14 @@ def parsed_size(text: str | None) -> tuple[int, int] | None:
     return int(found[1]), int(found[2])
 
 
-def parsed_classes(text: str | None) -> list[int] | None:
+def wanted_classes(pipeline: Pipeline, text: str | None) -> list[int] | None:
+    """The numbers that `text` names; none where the pipeline is told no classes, which `draw` refuses."""
     if text is None:
         return None
-    if not re.fullmatch(r"-?[0-9]{1,9}(,-?[0-9]{1,9})*", text):
-        raise UserError(f"--classes {text} are none: give numbers with commas between them, such as 207,360")
-    return [int(number) for number in text.split(",")]
+    if told_by(pipeline) != "classes":
+        return []
+    config = denoiser(pipeline).config
+    return chosen_classes(text, config.num_classes, none=config.null_class)
 
 
 def new_file(asked: Path | None) -> Path:
@@ -125,6 +137,8 @@ def new_file(asked: Path | None) -> Path:
         raise UserError(f"--out {asked} is no PNG file: give it the ending .png")
     if asked.exists():
         raise UserError(f"--out {asked} is there already: name another file, or move that one away")
+    if (file := next((place for place in asked.parents if place.is_file()), None)) is not None:
+        raise UserError(f"--out {asked} is below {file}, which is a file: name a folder there")
     return asked.absolute()
 
 
@@ -158,7 +172,7 @@ def settings(source: str, request: Request, pipeline: Pipeline, size: tuple[int,
     taken: dict[str, Any] = {
         "model": source,
         "pipeline": pipeline.kind,
-        "prompt": request.prompt,
+        "prompt": "\n".join(request.prompt) or None,
         "negative prompt": request.negative_prompt,
         "classes": request.classes,
         "seed": request.seed,
@@ -174,30 +188,6 @@ def settings(source: str, request: Request, pipeline: Pipeline, size: tuple[int,
         "Software": f"flaxzoo {zoo.__version__}",
     }
     return {name: str(value) for name, value in taken.items() if value is not None}
-
-
-@contextlib.contextmanager
-def progress(steps: int) -> Iterator[Callback | None]:
-    """A bar on the terminal while it samples, and what tells it of steps; None where no person looks."""
-    if not (is_first() and sys.stderr.isatty()):
-        yield None
-        return
-    bar = Progress(
-        TextColumn("{task.description}"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=None),
-        TimeRemainingColumn(),
-        console=Console(stderr=True, highlight=False),
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("compiling", total=steps)
-
-        def step(number: int, x: np.ndarray) -> None:
-            bar.update(task, completed=int(number) + 1, description="step")
-
-        yield step
-        jax.effects_barrier()
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from zoo.diffusion.samplers import DDIM, DDPM, PLMS, DPMSolver, Euler, Method
+from zoo.diffusion.samplers import DDIM, DDPM, PLMS, DPMSolver, Euler, Sampler
 from zoo.models.noising import Noising
 from zoo.models.published import PublishedError
 
@@ -115,10 +115,10 @@ _ONLY: dict[tuple[str, str], tuple[Any, ...]] = {
 
 
 class Scheduler(NamedTuple):
-    """noising: for the config of the network.  method: for sampling as the published pipeline does."""
+    """noising: for the config of the network.  sampler: for sampling as the published pipeline does."""
 
     noising: Noising
-    method: Method
+    sampler: Sampler
 
 
 def from_published(fields: Mapping[str, Any]) -> Scheduler:
@@ -135,22 +135,22 @@ def from_published(fields: Mapping[str, Any]) -> Scheduler:
     for field, value in full.items():
         _check(name, field, value)
     noising = _noising(name, full)
-    return Scheduler(noising, _method(name, full, noising))
+    return Scheduler(noising, _sampler(name, full, noising))
 
 
-def to_published(noising: Noising, method: Method) -> dict[str, Any]:
+def to_published(noising: Noising, sampler: Sampler) -> dict[str, Any]:
     """scheduler_config.json, with every field that diffusers writes; from_published reads the same back.
 
-    Raises PublishedError for a method or a noising that no class of diffusers is.
+    Raises PublishedError for a sampler or a noising that no class of diffusers is.
     """
-    name = _class_of(noising, method)
-    fields = _fields(noising, method)
+    name = _class_of(noising, sampler)
+    fields = _fields(noising, sampler)
     full = {field: fields.get(field, default) for field, default in DEFAULTS[name].items()}
     published = {"_class_name": name} | full
     # How much fresh noise DDIM adds is said when sampling, and in no file.
-    saved = replace(method, eta=0.0) if isinstance(method, DDIM) else method
+    saved = replace(sampler, eta=0.0) if isinstance(sampler, DDIM) else sampler
     if from_published(published) != (noising, saved):
-        raise PublishedError(f"{method} under {noising} has no published form: {name} reads its fields otherwise")
+        raise PublishedError(f"{sampler} under {noising} has no published form: {name} reads its fields otherwise")
     return published
 
 
@@ -183,7 +183,7 @@ def _noising(name: str, fields: Mapping[str, Any]) -> Noising:
     )
 
 
-def _method(name: str, fields: Mapping[str, Any], noising: Noising) -> Method:
+def _sampler(name: str, fields: Mapping[str, Any], noising: Noising) -> Sampler:
     if name == "FlowMatchEulerDiscreteScheduler":
         return Euler(shift=fields["shift"])
     common = {"spacing": fields["timestep_spacing"], "offset": fields["steps_offset"]}
@@ -217,8 +217,8 @@ def _method(name: str, fields: Mapping[str, Any], noising: Noising) -> Method:
     )
 
 
-def _class_of(noising: Noising, method: Method) -> str:
-    classes: dict[type[Method], str] = {
+def _class_of(noising: Noising, sampler: Sampler) -> str:
+    classes: dict[type[Sampler], str] = {
         DDPM: "DDPMScheduler",
         DDIM: "DDIMScheduler",
         PLMS: "PNDMScheduler",
@@ -227,16 +227,18 @@ def _class_of(noising: Noising, method: Method) -> str:
     classes[DPMSolver] = "DPMSolverMultistepScheduler"
     if noising.schedule == "flow":
         classes = {Euler: "FlowMatchEulerDiscreteScheduler"}
-    if type(method) not in classes:
-        raise PublishedError(f"{method} on the schedule {noising.schedule!r} has no published form: choose euler there")
-    if isinstance(method, DDIM) and (method.clipped_noise or not method.fixed_stride):
+    if type(sampler) not in classes:
         raise PublishedError(
-            f"{method} has no published form: diffusers' DDIM has fixed_stride=True and clipped_noise=False"
+            f"{sampler} on the schedule {noising.schedule!r} has no published form: choose euler there"
         )
-    return classes[type(method)]
+    if isinstance(sampler, DDIM) and (sampler.clipped_noise or not sampler.fixed_stride):
+        raise PublishedError(
+            f"{sampler} has no published form: diffusers' DDIM has fixed_stride=True and clipped_noise=False"
+        )
+    return classes[type(sampler)]
 
 
-def _fields(noising: Noising, method: Method) -> dict[str, Any]:
+def _fields(noising: Noising, sampler: Sampler) -> dict[str, Any]:
     """What the published fields are, whichever of them the class has."""
     fields: dict[str, Any] = {
         "num_train_timesteps": noising.timesteps,
@@ -245,22 +247,22 @@ def _fields(noising: Noising, method: Method) -> dict[str, Any]:
         "beta_schedule": next((theirs for theirs, ours in SCHEDULES.items() if ours == noising.schedule), "linear"),
         "prediction_type": next((theirs for theirs, ours in TARGETS.items() if ours == noising.target), "epsilon"),
         "rescale_betas_zero_snr": noising.zero_terminal_snr,
-        "timestep_spacing": method.spacing,
-        "steps_offset": method.offset,
-        "set_alpha_to_one": method.to_image,
-        "final_sigmas_type": "zero" if method.to_image else "sigma_min",
+        "timestep_spacing": sampler.spacing,
+        "steps_offset": sampler.offset,
+        "set_alpha_to_one": sampler.to_image,
+        "final_sigmas_type": "zero" if sampler.to_image else "sigma_min",
         "skip_prk_steps": True,
     }
-    if isinstance(method, DDPM | DDIM):
-        fields["clip_sample"] = method.clip is not None
-        fields["clip_sample_range"] = 1.0 if method.clip is None else method.clip
-    if isinstance(method, DDPM):
-        fields["variance_type"] = next(theirs for theirs, ours in VARIANCE_TYPES.items() if ours == method.variance)
-    if isinstance(method, Euler | DPMSolver):
-        fields["use_karras_sigmas"] = method.karras
-    if isinstance(method, Euler):
-        fields["shift"] = method.shift
-    if isinstance(method, DPMSolver):
-        fields |= {"solver_order": method.order, "lower_order_final": method.lower_order_last}
-        fields["solver_type"] = "heun" if method.heun else "midpoint"
+    if isinstance(sampler, DDPM | DDIM):
+        fields["clip_sample"] = sampler.clip is not None
+        fields["clip_sample_range"] = 1.0 if sampler.clip is None else sampler.clip
+    if isinstance(sampler, DDPM):
+        fields["variance_type"] = next(theirs for theirs, ours in VARIANCE_TYPES.items() if ours == sampler.variance)
+    if isinstance(sampler, Euler | DPMSolver):
+        fields["use_karras_sigmas"] = sampler.karras
+    if isinstance(sampler, Euler):
+        fields["shift"] = sampler.shift
+    if isinstance(sampler, DPMSolver):
+        fields |= {"solver_order": sampler.order, "lower_order_final": sampler.lower_order_last}
+        fields["solver_type"] = "heun" if sampler.heun else "midpoint"
     return fields

@@ -15,7 +15,7 @@ from zoo.diffusion.variance import Variances, check_variance, variances
 
 
 @dataclass(frozen=True, eq=False)
-class Sampler:
+class Table:
     """Weights [steps, lags] of what a step ends with; lag 0 is of the step itself, lag j of the one j before it.
 
     xs, images, noises, predictions: of x at a step's begin, of the image and the noise predicted there, and of what the
@@ -35,7 +35,7 @@ class Sampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Method(ABC):
+class Sampler(ABC):
     """How to sample, whatever the network and the number of steps.
 
     spacing, offset: which times, see zoo.diffusion.paths.spaced.
@@ -46,24 +46,24 @@ class Method(ABC):
     offset: int = 0
     to_image: bool = True
 
-    def sampler(self, schedule: Schedule, steps: int, *, strength: float = 1.0) -> Sampler:
+    def table(self, schedule: Schedule, steps: int, *, strength: float = 1.0) -> Table:
         """The table for so many network evaluations, of which `strength` is the share that an image is given for.
 
         Raises ScheduleError where the schedule has no such steps, or its target says too little of the image.
         """
-        return self.table(self.path(schedule, steps).tail(strength))
+        return self.weights(self.path(schedule, steps).tail(strength))
 
     def path(self, schedule: Schedule, steps: int) -> Path:
-        """The way that `table` is for: between whole times, unless a method has another."""
+        """The way that `weights` are for: between whole times, unless a sampler has another."""
         times = np.round(spaced(schedule, steps, self.spacing, self.offset))
         return along(schedule, times, to_image=self.to_image)
 
     @abstractmethod
-    def table(self, path: Path) -> Sampler: ...
+    def weights(self, path: Path) -> Table: ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDPM(Method):
+class DDPM(Sampler):
     """Ancestral sampling (Ho et al. 2020, algorithm 2).
 
     variance: of fresh noise: "small", the posterior's, which is right for a single image; "large", the step's own,
@@ -76,16 +76,16 @@ class DDPM(Method):
     def __post_init__(self) -> None:
         check_variance(self.variance)
 
-    def table(self, path: Path) -> Sampler:
+    def weights(self, path: Path) -> Table:
         step = posterior(path)
         learned = variances(path) if self.variance == "learned" else None
         variance = {"small": step.variance, "large": step.added, "learned": np.ones(path.steps)}[self.variance]
         fresh = np.sqrt(np.where(path.end.sigma > 0, variance, 0.0))
-        return replace(_sampler(path, xs=step.x, images=step.image, fresh=fresh, clip=self.clip), learned=learned)
+        return replace(_table(path, xs=step.x, images=step.image, fresh=fresh, clip=self.clip), learned=learned)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DDIM(Method):
+class DDIM(Sampler):
     """Song et al. 2021, equations 12 and 16.
 
     eta: 0 adds no noise, 1 as much as ancestral sampling.
@@ -110,18 +110,18 @@ class DDIM(Method):
         stride = schedule.timesteps // steps if self.fixed_stride else None
         return along(schedule, times, to_image=self.to_image, stride=stride)
 
-    def table(self, path: Path) -> Sampler:
+    def weights(self, path: Path) -> Table:
         variance = self.eta**2 * posterior(path).variance
         kept = np.sqrt(np.maximum(np.square(path.end.sigma) - variance, 0.0))
         options = {"fresh": np.sqrt(variance), "clip": self.clip}
         if not self.clipped_noise:
-            return _sampler(path, images=path.end.signal, noises=kept, **options)
+            return _table(path, images=path.end.signal, noises=kept, **options)
         falls = kept / path.begin.sigma
-        return _sampler(path, xs=falls, images=path.end.signal - falls * path.begin.signal, **options)
+        return _table(path, xs=falls, images=path.end.signal - falls * path.begin.signal, **options)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Euler(Method):
+class Euler(Sampler):
     """Euler's method on d x / d ratio, with x over signal and ratio = sigma / signal (Karras et al. 2022, algorithm 1
     without churn), or on the straight path of flow matching.
 
@@ -159,12 +159,12 @@ class Euler(Method):
         share = shifted(share, self.shift)
         return along(schedule, share * schedule.timesteps, to_image=self.to_image)
 
-    def table(self, path: Path) -> Sampler:
-        return _sampler(path, images=path.end.signal, noises=path.end.sigma)
+    def weights(self, path: Path) -> Table:
+        return _table(path, images=path.end.signal, noises=path.end.sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
-class DPMSolver(Method):
+class DPMSolver(Sampler):
     """DPM-Solver++ of order 1 to 3, multistep (Lu et al. 2022, arXiv 2211.01095, algorithm 2): an expansion of the
     predicted image in lambda = log(signal / sigma).
 
@@ -204,7 +204,7 @@ class DPMSolver(Method):
         times = np.round(times)
         return between(schedule, times, from_ratio(ratios(schedule.levels(times))), to_image=self.to_image)
 
-    def table(self, path: Path) -> Sampler:
+    def weights(self, path: Path) -> Table:
         with np.errstate(divide="ignore"):
             begin = np.log(path.begin.signal) - np.log(path.begin.sigma)
             h = np.log(path.end.signal) - np.log(path.end.sigma) - begin
@@ -233,7 +233,7 @@ class DPMSolver(Method):
                 images[i] += path.end.signal[i] * (
                     (shrink / h[i] + 1) * first - ((shrink + h[i]) / h[i] ** 2 - 0.5) * second
                 )
-        return _sampler(path, xs=falls, images=images)
+        return _table(path, xs=falls, images=images)
 
     def _order(self, i: int, path: Path) -> int:
         left, lower = path.steps - i, self.lower_order_last and path.steps < 15
@@ -243,7 +243,7 @@ class DPMSolver(Method):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PLMS(Method):
+class PLMS(Sampler):
     """Pseudo linear multistep sampling (Liu et al. 2022, arXiv 2202.09778, section 3.3), begun by a step of order 2.
 
     The noise of a DDIM step is extrapolated from up to four predictions (Adams and Bashforth). The first step is gone
@@ -256,7 +256,7 @@ class PLMS(Method):
             raise ScheduleError(f"PLMS in {steps} step has nothing to extrapolate from: choose 2 or more")
         return super().path(schedule, steps)
 
-    def table(self, path: Path) -> Sampler:
+    def weights(self, path: Path) -> Table:
         evaluations = path.steps + 1 if path.steps > 1 else 1
         mix = np.zeros((evaluations, 5))
         # Evaluation 1 is left out once it has served.
@@ -277,20 +277,20 @@ class PLMS(Method):
         if evaluations > 1:
             xs[1] = xs[1, ::-1]
         mixed = (of_noise * going.convert.noise_p)[:, None] * mix / 24
-        return _sampler(replace(path.take(seen), end=going.end), xs=xs, predictions=mixed)
+        return _table(replace(path.take(seen), end=going.end), xs=xs, predictions=mixed)
 
 
-METHODS: dict[str, Method] = {
+SAMPLERS: dict[str, Sampler] = {
     "ddpm": DDPM(),
     "ddim": DDIM(),
     "euler": Euler(),
     "dpmpp_2m": DPMSolver(),
     "plms": PLMS(),
 }
-"""Methods by the names that a person gives."""
+"""Samplers by the names that a person gives."""
 
 
-def _sampler(
+def _table(
     path: Path,
     *,
     xs: np.ndarray | None = None,
@@ -299,7 +299,7 @@ def _sampler(
     predictions: np.ndarray | None = None,
     fresh: np.ndarray | None = None,
     clip: float | None = None,
-) -> Sampler:
+) -> Table:
     """Columns of weights [steps] or [steps, lags], without the oldest lags that have none."""
 
     def trimmed(weights: np.ndarray | None) -> np.ndarray:
@@ -308,4 +308,4 @@ def _sampler(
         return weights[:, : used[-1] + 1 if len(used) else 0]
 
     fresh = np.zeros(path.steps) if fresh is None else fresh
-    return Sampler(path, trimmed(xs), trimmed(images), trimmed(noises), trimmed(predictions), fresh, clip)
+    return Table(path, trimmed(xs), trimmed(images), trimmed(noises), trimmed(predictions), fresh, clip)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.diffusion.samplers import Sampler
+from zoo.diffusion.samplers import Table
 from zoo.diffusion.schedules import ScheduleError
 from zoo.diffusion.variance import divided, said_by, share
 from zoo.sharding import constrain
@@ -24,7 +24,7 @@ Callback = Callable[[int, np.ndarray], None]
 
 def sample(
     denoise: Denoiser,
-    sampler: Sampler,
+    table: Table,
     shape: Sequence[int],
     key: jax.Array,
     *,
@@ -37,15 +37,15 @@ def sample(
 
     Noise depends on the key, the step and global indices alone, so that every sharding draws the same images.
 
-    image [B, Y, X, C]: what a sampler that begins part of the way (`strength` below 1) begins from.
+    image [B, Y, X, C]: what a table that begins part of the way (`strength` below 1) begins from.
     mask [B, Y, X, 1], with an image: 1 where to paint, 0 where the image stays as it is. What stays is put back after
         each step at that step's noise, always the noise of the beginning (Lugmayr et al. 2022, equation 8).
     noise [B, Y, X, C]: standard normal, that of the beginning; None draws it.
     Raises ScheduleError where an image is needed and not given.
     """
-    of_image, of_noise = sampler.path.first
+    of_image, of_noise = table.path.first
     if image is None and (of_image or mask is not None):
-        need = "a mask keeps" if mask is not None else "a sampler of less than full strength begins with"
+        need = "a mask keeps" if mask is not None else "sampling at less than full strength begins with"
         raise ScheduleError(f"{need} parts of an image, and none is given: give image")
     first_key, fresh_key = jax.random.split(key)
     noise = _batched(jax.random.normal(first_key, tuple(shape)) if noise is None else noise)
@@ -57,38 +57,38 @@ def sample(
         return jax.random.normal(jax.random.fold_in(fresh_key, step), x.shape)
 
     if image is None or mask is None:
-        return walk(denoise, sampler, x, fresh, callback=callback)
+        return walk(denoise, table, x, fresh, callback=callback)
 
     def keep(x: jax.Array, signal: jax.Array, sigma: jax.Array) -> jax.Array:
         return jnp.where(mask > 0, x, signal * image + sigma * noise)
 
-    x = walk(denoise, sampler, x, fresh, project=keep, callback=callback)
+    x = walk(denoise, table, x, fresh, project=keep, callback=callback)
     return keep(x, jnp.float32(1), jnp.float32(0))
 
 
 def walk(
     denoise: Denoiser,
-    sampler: Sampler,
+    table: Table,
     x: jax.Array,
     fresh: Callable[[jax.Array], jax.Array],
     *,
     project: Callable[[jax.Array, jax.Array, jax.Array], jax.Array] | None = None,
     callback: Callback | None = None,
 ) -> jax.Array:
-    """From the first x [B, Y, X, C] to the last, by a sampler's table; float32.
+    """From the first x [B, Y, X, C] to the last, by a table; float32.
 
-    fresh: step [] int32 to standard normal noise [B, Y, X, C]; not asked by samplers that add none.
+    fresh: step [] int32 to standard normal noise [B, Y, X, C]; not asked by tables that add none.
     project: (x, signal [], sigma []) at the end of a step, to the x that the next one begins with.
     """
-    histories = (sampler.xs, sampler.images, sampler.noises, sampler.predictions)
-    adds = bool(sampler.fresh.any())
+    histories = (table.xs, table.images, table.noises, table.predictions)
+    adds = bool(table.fresh.any())
 
     def body(carry: tuple, row: _Row) -> tuple[tuple, None]:
         x, past = carry
         predicted, said = divided(denoise(x, jnp.full(x.shape[0], row.time)), x.shape[-1])
         image = row.image[0] * x + row.image[1] * predicted
-        if sampler.clip is not None:
-            image = jnp.clip(image, -sampler.clip, sampler.clip)
+        if table.clip is not None:
+            image = jnp.clip(image, -table.clip, table.clip)
         now = (x, image, row.noise[0] * x + row.noise[1] * predicted, predicted)
         held = [[new, *old] for new, old in zip(now, past, strict=True)]
         terms = [w[i] * lags[i] for w, lags in zip(row.weights, held, strict=True) for i in range(len(w))]
@@ -109,7 +109,7 @@ def walk(
 
     x = _batched(x.astype(jnp.float32))
     zeros = tuple((jnp.zeros_like(x),) * max(weights.shape[1] - 1, 0) for weights in histories)
-    return jax.lax.scan(body, (x, zeros), _rows(sampler))[0][0]
+    return jax.lax.scan(body, (x, zeros), _rows(table))[0][0]
 
 
 def guided(
@@ -167,18 +167,18 @@ class _Row(NamedTuple):
     end: Any
 
 
-def _rows(sampler: Sampler) -> _Row:
+def _rows(table: Table) -> _Row:
     """The table as the scan goes through it: float32, times whole where the schedule's are."""
-    path, convert = sampler.path, sampler.path.convert
+    path, convert = table.path, table.path.convert
     whole = bool((path.times == np.round(path.times)).all())
     row = _Row(
         step=np.arange(path.steps, dtype=np.int32),
         time=path.times.astype(np.int32) if whole else path.times.astype(np.float32),
         image=np.stack([convert.image_x, convert.image_p], 1),
         noise=np.stack([convert.noise_x, convert.noise_p], 1),
-        weights=[sampler.xs, sampler.images, sampler.noises, sampler.predictions],
-        fresh=sampler.fresh,
-        learned=None if sampler.learned is None else tuple(sampler.learned),
+        weights=[table.xs, table.images, table.noises, table.predictions],
+        fresh=table.fresh,
+        learned=None if table.learned is None else tuple(table.learned),
         end=tuple(path.end),
     )
     return jax.tree.map(lambda a: jnp.asarray(a, a.dtype if a.dtype == np.int32 else jnp.float32), row)

@@ -384,6 +384,6 @@ PRESETS = {
         width=96,
         num_heads=4,
         num_classes=10,
-        noising=Noising("cosine"),
+        noising=Noising("cosine", target="velocity"),
     ),
 }

@@ -90,6 +90,9 @@ OLD_NAMES = {
 }
 """How names of attention's tensors ended in older files, and how they end now."""
 
+NULL_CLASS = "_null_class"
+"""A field of ours: which class stands for none. diffusers passes over fields that begin so, and keeps them."""
+
 ATTENDING = {PLAIN: "Attn", CONDITIONAL: "CrossAttn"}
 """What the names of levels with attention begin with."""
 
@@ -113,7 +116,7 @@ def own_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
         "channels": channels,
         "blocks_per_level": size(fields, "layers_per_block"),
         "attention_levels": levels,
-        "num_classes": size(fields, "num_class_embeds", optional=True),
+        **_classes(fields),
         "groups": size(fields, "norm_num_groups"),
         "epsilon": number(fields, "norm_eps", 1e-5),
         "downsample_padding": (1, 1) if padding else (0, 1),
@@ -159,6 +162,8 @@ def published_fields(config: Any) -> dict[str, Any]:
         "sample_size": size if size is None else size[0] if size[0] == size[1] else list(size),
         "up_block_types": [f"{which}UpBlock2D" for which in reversed(attending)],
     }
+    if config.null_class:
+        fields[NULL_CLASS] = config.num_classes
     if name == PLAIN:
         return fields | {"attention_head_dim": _head_size(config)}
     return fields | {
@@ -167,6 +172,17 @@ def published_fields(config: Any) -> dict[str, Any]:
         "upcast_attention": config.upcast_attention,
         "use_linear_projection": config.linear_projections,
     }
+
+
+def _classes(fields: Mapping[str, Any]) -> dict[str, Any]:
+    vectors, none = size(fields, "num_class_embeds", optional=True), fields.get(NULL_CLASS)
+    if none is None:
+        return {"num_classes": vectors}
+    if vectors is None or vectors < 2 or isinstance(none, bool) or none != vectors - 1:
+        raise PublishedError(
+            f"config.json has {NULL_CLASS} {none!r} and num_class_embeds {vectors}: the class for none is the last"
+        )
+    return {"num_classes": vectors - 1, "null_class": True}
 
 
 def _numbers(fields: Mapping[str, Any], name: str) -> tuple[int, ...]:

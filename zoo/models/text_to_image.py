@@ -119,7 +119,7 @@ PRESETS: dict[str, TextToImageConfig] = {
             num_heads=4,
             context_width=64,
             groups=8,
-            noising=Noising("cosine"),
+            noising=Noising("cosine", target="velocity"),
         ),
     ),
     "text-to-emoji": TextToImageConfig(
@@ -139,7 +139,7 @@ PRESETS: dict[str, TextToImageConfig] = {
             num_heads=8,
             context_width=256,
             dropout=0.1,
-            noising=Noising("cosine"),
+            noising=Noising("cosine", target="velocity"),
         ),
     ),
 }

@@ -375,7 +375,7 @@ PRESETS: dict[str, UNetConfig] = {
         attention_levels=(1, 2),
         num_heads=4,
         dropout=0.1,
-        noising=Noising("cosine"),
+        noising=Noising("cosine", target="velocity"),
     ),
     "stable-diffusion-v1-5": UNetConfig(
         **_STABLE_DIFFUSION, image_size=(64, 64), num_heads=8, context_width=768, noising=_SCALED_LINEAR

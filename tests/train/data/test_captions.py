@@ -91,7 +91,7 @@ def test_splits_and_names_as_hugging_face_has_them(tmp_path):
     assert [len(said(data, split)) for split in ("train", "validation")] == [6, 3]
 
 
-def test_long_captions_are_cut_and_counted(folder):
+def test_long_captions_are_cut_and_counted(folder, capsys):
     data = CaptionedImageData(str(folder), length=12)
     dataset = data.open("train", batch_size=4, seed=0)
     row = dataset.batch(0, [0])["tokens"][0]
@@ -100,6 +100,7 @@ def test_long_captions_are_cut_and_counted(folder):
     assert f"{dataset.info.examples:,} captions cut to 10 tokens" in dataset.info.detail
     np.testing.assert_array_equal(data.rows(["a red square"])[0][:3], [begin, ord("a"), ord(" ")])
     np.testing.assert_array_equal(data.rows([""])[0], [begin, *[end] * 11])
+    assert capsys.readouterr().err.endswith("a text has 12 tokens, and 10 are read: it is cut before 're'\n")
 
 
 def test_a_few_without_the_other_are_left_out(tmp_path, capsys):
