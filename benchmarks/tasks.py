@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from zoo import models
 from zoo.train.objectives import Classification, MaskedLM, NextToken, PermutationLM, SequenceToSequence
 
 PRESETS = {
@@ -28,6 +29,22 @@ PRESETS = {
 
 IMAGES_A_ROW = 8
 """Images that a batch has for each row of text: of 224 x 224 in patches of 16 they are 1576 tokens."""
+
+LAYERS_SIZE = 128e6
+"""Parameters that all layers may have together on a CPU: half as many again as those of GPT-2 124M or BERT base.
+Vocabularies come on top, and both sides of a comparison at once hold 16 bytes for each parameter."""
+
+
+def undropped(config: Any) -> Any:
+    """A config without dropout."""
+    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
+    return dataclasses.replace(config, **dict.fromkeys(rates, 0.0))
+
+
+def cut(config: Any) -> Any:
+    """A config with as many of its layers as LAYERS_SIZE holds, and at least one."""
+    one, two = (models.parameter_count(dataclasses.replace(config, num_layers=count)) for count in (1, 2))
+    return dataclasses.replace(config, num_layers=min(config.num_layers, max(1, int(LAYERS_SIZE // (two - one)))))
 
 
 def task(kind: str, config: Any) -> tuple[Any, Any]:

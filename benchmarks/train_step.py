@@ -18,6 +18,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,18 +37,11 @@ from zoo.train.recipes import RECIPES
 TORCH = Path(__file__).with_name("torch_train.py")
 RESULTS = Path(__file__).with_name("results") / "train_step.jsonl"
 
-LAYERS_SIZE = 128e6
-"""Parameters that all layers may have together: half as many again as those of GPT-2 124M or BERT base. Vocabularies
-come on top, and both sides at once hold 16 bytes for each parameter."""
-
 
 def config_of(kind: str) -> Any:
-    """The preset of a model_type with its head, without dropout, cut to LAYERS_SIZE; images are of 224 x 224."""
+    """The preset of a model_type with its head, without dropout, its layers cut; images are of 224 x 224."""
     config, _ = tasks.task(kind, models.preset(tasks.PRESETS[kind]))
-    rates = [field.name for field in dataclasses.fields(config) if field.name.endswith("dropout")]
-    one, two = (models.parameter_count(dataclasses.replace(config, num_layers=count)) for count in (1, 2))
-    layers = min(config.num_layers, max(1, int(LAYERS_SIZE // (two - one))))
-    config = dataclasses.replace(config, num_layers=layers, **dict.fromkeys(rates, 0.0))
+    config = tasks.cut(tasks.undropped(config))
     return dataclasses.replace(config, image_size=(224, 224)) if hasattr(config, "image_size") else config
 
 
@@ -72,21 +66,26 @@ def compare(options: argparse.Namespace, config: Any, dtype: str) -> dict[str, d
 def serve(folder: Path, dtype: str) -> None:
     """The zoo side; each turn is one step, whose result is its loss in nats a prediction."""
     batch = dict(np.load(folder / "batch.npz"))
-    rows = len(batch["weights"])
+    fields = json.loads((folder / "config.json").read_text())
+    sides.serve(turns(experiment_of(fields, len(batch["weights"]), dtype), batch))
+
+
+def turns(experiment: Any, batch: dict[str, np.ndarray]) -> Callable[[], float]:
+    """The compiled training step of an experiment; each call takes one on this batch, and returns its loss."""
     mesh = sharding.make_mesh()
-    experiment = step.with_compute(experiment_of(json.loads((folder / "config.json").read_text()), rows, dtype), mesh)
+    experiment = step.with_compute(experiment, mesh)
     with sharding.use(mesh):
         state = step.init_state(experiment, mesh)
-        abstract = step.abstract_batch(batch, rows, mesh)
+        abstract = step.abstract_batch(batch, len(batch["weights"]), mesh)
         train = step.compiled(step.train_step(experiment, mesh).lower(state, abstract))
 
-        def turn() -> float:
-            nonlocal state
-            state, metrics = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
-            sums = jax.tree.map(float, metrics.loss)
-            return experiment.objective.summary(*sums)["loss"]
+    def turn() -> float:
+        nonlocal state
+        state, metrics = train(state, jax.device_put(batch, sharding.batch_sharding(mesh)))
+        sums = jax.tree.map(float, metrics.loss)
+        return experiment.objective.summary(*sums)["loss"]
 
-        sides.serve(turn)
+    return turn
 
 
 def experiment_of(fields: dict[str, Any], rows: int, dtype: str) -> Any:

@@ -3,11 +3,14 @@
     pip install torch==2.13.0 transformers==5.23.0 diffusers==0.42.1 && python tests/parity/make_pipelines.py
 
 Schedulers are not the usual ones on purpose: what they say must reach the samples. Noise is that of torch's generator,
-which pipelines draw themselves where they take no latents.
+which pipelines draw themselves where they take no latents. asked.json has what is asked of a pipeline, as
+`zoo.image_generation.draw` takes it.
 """
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -17,7 +20,17 @@ from randomise import randomise
 
 FOLDER = Path(__file__).parent / "pipelines"
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.001, "beta_end": 0.015, "num_train_timesteps": 300}
-PROMPTS = ["a red cat!", "dogs"]
+ASKED: dict[str, dict[str, Any]] = {
+    "text": {
+        "prompts": ["a red cat!", "dogs"],
+        "negative_prompt": "grey",
+        "guidance": 3.0,
+        "rescale": 0.6,
+        "steps": 6,
+    },
+    "classes": {"classes": [207, 3], "guidance": 2.5, "steps": 5},
+    "unconditional": {"count": 2, "steps": 5},
+}
 
 
 def unet(name: str, **fields: object) -> torch.nn.Module:
@@ -66,14 +79,15 @@ def text() -> tuple[diffusers.DiffusionPipeline, dict[str, np.ndarray]]:
         requires_safety_checker=False,
     )
     noise = torch.randn((2, 3, 8, 12), generator=torch.manual_seed(1))
+    asked = ASKED["text"]
     images = made(
-        PROMPTS,
-        negative_prompt=["grey"] * 2,
+        asked["prompts"],
+        negative_prompt=[asked["negative_prompt"]] * 2,
         height=16,
         width=24,
-        num_inference_steps=6,
-        guidance_scale=3.0,
-        guidance_rescale=0.6,
+        num_inference_steps=asked["steps"],
+        guidance_scale=asked["guidance"],
+        guidance_rescale=asked["rescale"],
         latents=noise,
         output_type="np",
     ).images
@@ -90,8 +104,13 @@ def classes() -> tuple[diffusers.DiffusionPipeline, dict[str, np.ndarray]]:
         scheduler=diffusers.DDIMScheduler(prediction_type="sample", clip_sample=False, **NOISE),
     )
     noise = torch.randn((2, 3, 4, 4), generator=torch.manual_seed(1))
+    asked = ASKED["classes"]
     images = made(
-        [207, 3], guidance_scale=2.5, num_inference_steps=5, generator=torch.manual_seed(1), output_type="np"
+        asked["classes"],
+        guidance_scale=asked["guidance"],
+        num_inference_steps=asked["steps"],
+        generator=torch.manual_seed(1),
+        output_type="np",
     ).images
     return made, {"noise": noise.permute(0, 2, 3, 1).numpy(), "images": images}
 
@@ -102,7 +121,10 @@ def unconditional() -> tuple[diffusers.DiffusionPipeline, dict[str, np.ndarray]]
     network = unet("UNet2DModel", in_channels=1, out_channels=1, attention_head_dim=4, **blocks)
     made = diffusers.DDIMPipeline(network, diffusers.DDPMScheduler(**NOISE, clip_sample_range=1.5))
     noise = torch.randn((2, 1, 8, 12), generator=torch.manual_seed(1))
-    images = made(2, num_inference_steps=5, generator=torch.manual_seed(1), output_type="np").images
+    asked = ASKED["unconditional"]
+    images = made(
+        asked["count"], num_inference_steps=asked["steps"], generator=torch.manual_seed(1), output_type="np"
+    ).images
     return made, {"noise": noise.permute(0, 2, 3, 1).numpy(), "images": images}
 
 
@@ -114,6 +136,7 @@ def main() -> None:
         shutil.rmtree(place, ignore_errors=True)
         made.save_pretrained(place)
         np.savez_compressed(place / "golden.npz", **golden)
+        (place / "asked.json").write_text(json.dumps(ASKED[make.__name__]) + "\n")
 
 
 if __name__ == "__main__":
