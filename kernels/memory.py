@@ -6,7 +6,7 @@ cutting one layer out of a stack, or writing it there, converts the stack. Integ
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -65,14 +65,18 @@ def awaiting(x: jax.Array, cause: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, cause, cpu=on_cpu, default=lambda x, _: x)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recomputed(f: Callable[..., jax.Array], told: Any, *arguments: Any) -> jax.Array:
     """`f(told, *arguments)`, of which the backward pass keeps the arguments alone, and computes the rest again.
 
     As jax.checkpoint has it, which XLA's CPU compiler undoes: outside of loops it merges what is computed twice. Here
     the second time awaits the gradient, by `told`, a tree of small arrays: what depends on it is what is not kept.
     """
-    return f(told, *arguments)
+    return cast(jax.Array, _recomputed(f, told, *arguments))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(f: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
+    return f(*arguments)
 
 
 def _recomputed_forward(f: Callable[..., jax.Array], *arguments: Any) -> tuple[jax.Array, tuple]:
@@ -84,7 +88,7 @@ def _recomputed_backward(f: Callable[..., jax.Array], arguments: tuple, dy: jax.
     return jax.vjp(f, told, *arguments[1:])[1](dy)
 
 
-recomputed.defvjp(_recomputed_forward, _recomputed_backward)
+_recomputed.defvjp(_recomputed_forward, _recomputed_backward)
 
 
 def named(x: jax.Array, name: str) -> jax.Array:

@@ -10,6 +10,8 @@ Points 0, +-3/4, +-3/2 and infinity round 2.2 times as much as the plain sum doe
 """
 
 from collections.abc import Sequence
+from functools import reduce
+from operator import add
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +56,7 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     kernels = (jnp.asarray(_KERNELS, x.dtype) @ columns).reshape(6, inputs, 3 * outputs)
     products = jnp.einsum("npi,nio->npo", _tiles(x), kernels)
     products = products.reshape(6, batch, height // _ROWS, width + 2, 3, outputs)
-    sums = [sum(product[:, :, i : i + width, i] for i in range(3)) for product in products]
+    sums = [reduce(add, (product[:, :, i : i + width, i] for i in range(3))) for product in products]
     return jnp.stack(_combined(_RESULTS, sums), 2).reshape(batch, height, width, outputs)
 
 
@@ -82,4 +84,4 @@ def _tiles(x: jax.Array) -> jax.Array:
 def _combined(weights: np.ndarray, terms: Sequence[jax.Array]) -> list[jax.Array]:
     """weights [N, M] times M arrays: N sums, without the terms that are nothing."""
     rows = [[(float(w), x) for w, x in zip(row, terms, strict=True) if abs(w) > 1e-12] for row in weights]
-    return [sum(w * x for w, x in row) for row in rows]
+    return [reduce(add, (w * x for w, x in row)) for row in rows]
