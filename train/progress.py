@@ -27,9 +27,12 @@ def display(steps: int, unit: str, *, quiet: bool) -> Display:
     return Bar(steps, unit) if sys.stdout.isatty() else Lines(steps, unit)
 
 
-def waiting(steps: int) -> Display:
-    """A bar on standard error where that is a terminal, for what prints its result on standard output."""
-    return Bar(steps, "", console=Console(stderr=True)) if sys.stderr.isatty() else Quiet()
+def waiting(steps: int, counted: str = "step") -> Display:
+    """A bar on standard error where that is a terminal, for what prints its result on standard output.
+
+    counted: what a step is called.
+    """
+    return Bar(steps, "", console=Console(stderr=True), counted=counted) if sys.stderr.isatty() else Quiet()
 
 
 def duration(seconds: float) -> str:
@@ -67,10 +70,10 @@ class Lines:
 class Bar:
     """A bar that stays at the bottom of the terminal; lines scroll above it."""
 
-    def __init__(self, steps: int, unit: str, *, console: Console | None = None):
+    def __init__(self, steps: int, unit: str, *, console: Console | None = None, counted: str = "step"):
         self._steps, self._unit = steps, unit
         self._bar = Progress(
-            TextColumn("step"),
+            TextColumn(counted),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),
