@@ -1,6 +1,6 @@
 """What a trained model of texts and images shows: a grid of images, each above the text that it was drawn from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,30 @@ class CaptionSampler:
 
         callback: see zoo.diffusion.sampling.
         """
-        config = model.config
+        return np.asarray(self._drawn(model.config, callback)(model, key, tokens.repeat(self.columns, 0)))
+
+    def draws(self, model: Any, data: Any, key: jax.Array, count: int, rows: int) -> Iterator[np.ndarray]:
+        """`count` images, float32 in [-1, 1], `rows` at a time, of the captions of held-out images in turn."""
+        self.check(model.config, data)
+        drawn, held_out = self._drawn(model.config), data.open("validation", batch_size=1, seed=0)
+        for first in range(0, count, rows):
+            given = held_out.batch(0, [i % held_out.info.examples for i in range(first, first + rows)])["tokens"]
+            yield np.asarray(drawn(model, jax.random.fold_in(key, first), given))[: count - first]
+
+    def _drawn(
+        self, config: Any, callback: Callback | None = None
+    ) -> Callable[[Any, jax.Array, np.ndarray], jax.Array]:
+        """The compiled function of a model, a key and texts [N, S] to an image of each."""
         steps = table(config, self.sampler, self.steps)
-        given = tokens.repeat(self.columns, 0)
-        blank = np.broadcast_to(np.array(config.blank, np.int32), given.shape)
-        shape = (len(given), *config.image_size, config.image_channels)
 
         @jax.jit
-        def images(model: Any, key: jax.Array) -> jax.Array:
+        def images(model: Any, key: jax.Array, given: jax.Array) -> jax.Array:
             # The texts are read once, and asked about at every step.
-            context, nothing = model.encode(jnp.array(given)), model.encode(jnp.array(blank))
+            blank = jnp.broadcast_to(jnp.array(config.blank, jnp.int32), given.shape)
+            context, nothing = model.encode(given), model.encode(blank)
             denoise = guided(lambda x, t, c: model(x, t, context=c), context, nothing, scale=self.guidance)
-            return constrain(
-                jnp.clip(sample(denoise, steps, shape, key, callback=callback), -1, 1), None, None, None, None
-            )
+            shape = (len(given), *config.image_size, config.image_channels)
+            drawn = sample(denoise, steps, shape, key, callback=callback)
+            return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
 
-        return np.asarray(images(model, key))
+        return images

@@ -1,7 +1,7 @@
 """What a diffusion model of images shows: a grid of images, and how some of them come out of noise."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -53,10 +53,13 @@ def check_guidance(scale: float, *, none: bool) -> None:
         raise UserError(f"guidance {scale} needs a model of classes with one for none (null_class): leave it at 1")
 
 
-def of_classes(model: Any, asked: Sequence[int], count: int, guidance: float) -> Denoiser:
-    """A model of classes as asked for `count` images, of these classes in turn; guidance: its scale, 1 is none."""
+def of_classes(model: Any, asked: Sequence[int], count: int, guidance: float, first: jax.Array | int = 0) -> Denoiser:
+    """A model of classes as asked for `count` images, of these classes in turn; guidance: its scale, 1 is none.
+
+    first: how many images came before them.
+    """
     none = model.config.num_classes
-    given = jnp.array(asked)[jnp.arange(count) % len(asked)]
+    given = jnp.array(asked)[(first + jnp.arange(count)) % len(asked)]
     scale = 1.0 if list(asked) == [none] else guidance
     return guided(lambda x, t, c: model(x, t, classes=c), given, jnp.full(count, none), scale=scale)
 
@@ -120,16 +123,29 @@ class ImageSampler:
     ) -> np.ndarray:
         """rows * columns images of `shape` (Y, X, C), float32 in [-1, 1]. callback: see zoo.diffusion.sampling."""
         self.check(model.config, None)
-        steps, asked = self._table(model.config), self._asked(model.config)
         count = self.rows * self._width(model.config)
+        return np.asarray(self._drawn(model.config, (count, *shape), callback)(model, key, 0))
+
+    def draws(self, model: Any, data: Any, key: jax.Array, count: int, rows: int) -> Iterator[np.ndarray]:
+        """`count` images, `rows` at a time, as `draw` has them: of a model of classes, each in turn."""
+        self.check(model.config, data)
+        drawn = self._drawn(model.config, (rows, *data.example_shape))
+        for first in range(0, count, rows):
+            yield np.asarray(drawn(model, jax.random.fold_in(key, first), first))[: count - first]
+
+    def _drawn(
+        self, config: Any, shape: tuple[int, ...], callback: Callback | None = None
+    ) -> Callable[[Any, jax.Array, int], jax.Array]:
+        """The compiled function of a model, a key and how many images came before to images of `shape`."""
+        steps, asked = self._table(config), self._asked(config)
 
         @jax.jit
-        def images(model: Any, key: jax.Array) -> jax.Array:
-            denoise = of_classes(model, asked, count, self.guidance) if asked else model
-            drawn = sample(denoise, steps, (count, *shape), key, callback=callback)
+        def images(model: Any, key: jax.Array, first: jax.Array) -> jax.Array:
+            denoise = of_classes(model, asked, shape[0], self.guidance, first) if asked else model
+            drawn = sample(denoise, steps, shape, key, callback=callback)
             return constrain(jnp.clip(drawn, -1, 1), None, None, None, None)
 
-        return np.asarray(images(model, key))
+        return images
 
     def _asked(self, config: Any) -> list[int]:
         """The classes that take turns; empty where the model is told none."""

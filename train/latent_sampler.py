@@ -1,6 +1,6 @@
 """What a diffusion model of latents shows: a grid of images, which the autoencoder of its data makes of its latents."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,15 +52,28 @@ class LatentSampler:
         self, model: Any, shape: tuple[int, ...], key: jax.Array, *, callback: Callback | None = None
     ) -> np.ndarray:
         """rows * columns latents of `shape` (y, x, C), float32. callback: see zoo.diffusion.sampling."""
-        steps, count = self._table(model.config), self.rows * self.columns
-        classes = getattr(model.config, "num_classes", None)
+        count = self.rows * self.columns
+        return np.asarray(self._drawn(model.config, (count, *shape), callback)(model, key, 0))
+
+    def draws(self, model: Any, data: Any, key: jax.Array, count: int, rows: int) -> Iterator[np.ndarray]:
+        """`count` images, float32 in [-1, 1], decoded, `rows` at a time; of a model of classes, each in turn."""
+        self.check(model.config, data)
+        drawn = self._drawn(model.config, (rows, *data.example_shape))
+        for first in range(0, count, rows):
+            yield data.decoded(np.asarray(drawn(model, jax.random.fold_in(key, first), first)))[: count - first]
+
+    def _drawn(
+        self, config: Any, shape: tuple[int, ...], callback: Callback | None = None
+    ) -> Callable[[Any, jax.Array, int], jax.Array]:
+        """The compiled function of a model, a key and how many latents came before to latents of `shape`."""
+        steps, classes = self._table(config), getattr(config, "num_classes", None)
 
         @jax.jit
-        def latents(model: Any, key: jax.Array) -> jax.Array:
-            denoise = model if classes is None else of_classes(model, range(classes), count, self.guidance)
-            return constrain(sample(denoise, steps, (count, *shape), key, callback=callback), None, None, None, None)
+        def latents(model: Any, key: jax.Array, first: jax.Array) -> jax.Array:
+            denoise = model if classes is None else of_classes(model, range(classes), shape[0], self.guidance, first)
+            return constrain(sample(denoise, steps, shape, key, callback=callback), None, None, None, None)
 
-        return np.asarray(latents(model, key))
+        return latents
 
     def _table(self, config: Any) -> Table:
         # Latents are of no bounded range, as pixels are.

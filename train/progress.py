@@ -56,6 +56,14 @@ def sampling(steps: int, *, shown: bool = True) -> Iterator[Callback | None]:
         jax.effects_barrier()
 
 
+def waiting(steps: int, counted: str = "step") -> Display:
+    """A bar on standard error where that is a terminal, for what prints its result on standard output.
+
+    counted: what a step is called.
+    """
+    return Bar(steps, "", console=Console(stderr=True), counted=counted) if sys.stderr.isatty() else Quiet()
+
+
 def duration(seconds: float) -> str:
     """1:02:03, 2:03, 0:03."""
     minutes, seconds = divmod(round(seconds), 60)
@@ -91,10 +99,10 @@ class Lines:
 class Bar:
     """A bar that stays at the bottom of the terminal; lines scroll above it."""
 
-    def __init__(self, steps: int, unit: str, *, console: Console | None = None):
+    def __init__(self, steps: int, unit: str, *, console: Console | None = None, counted: str = "step"):
         self._steps, self._unit = steps, unit
         self._bar = Progress(
-            TextColumn("step"),
+            TextColumn(counted),
             MofNCompleteColumn(),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[text]}"),

@@ -35,6 +35,11 @@ def is_run(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def is_published(folder: Path) -> bool:
+    """Whether the config.json of a folder is that of a published model, and not of a run."""
+    return is_run(folder) and '"experiment"' not in (folder / CONFIG).read_text()
+
+
 def check(folder: Path, experiment: Experiment[Any, Any, Any, Any]) -> None:
     """Raises UserError unless `experiment` may use `folder`: it is missing, empty, or a run of the same experiment."""
     if is_run(folder):

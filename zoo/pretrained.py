@@ -37,6 +37,7 @@ from zoo.published_folder import (
     holds_model,
     read_json,
     stored_tensors,
+    weight_file,
     weight_files,
 )
 
@@ -85,6 +86,18 @@ def read_model(folder: Path, *, dtype: str | None, mesh: Mesh | None, rules: sha
         config, tensors = told, Tensors(folder, told.published_layout())
     model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
     return load(model, tensors, dtype, layouts(model, mesh, rules))
+
+
+def read_weights(
+    path: str | os.PathLike, config: Any, *, mesh: Mesh | None = None, rules: sharding.Rules | None = None
+) -> Any:
+    """The model of a config whose weights are one safetensors file, with no config.json beside it.
+
+    Parameters are as they are stored. mesh, rules: as `from_pretrained` has them. Raises PretrainedError.
+    """
+    tensors = Tensors(Path(path).expanduser(), config.published_layout())
+    model = sharding.abstract(lambda: config.build(nnx.Rngs(0)))
+    return load(model, tensors, None, layouts(model, mesh, rules))
 
 
 def _rules_of_generation(folder: Path) -> dict[str, Any]:
@@ -215,13 +228,13 @@ def layouts(model: Any, mesh: Mesh | None, rules: sharding.Rules | None) -> dict
 
 
 class Tensors:
-    """The tensors of a folder by their names in the class with a head; found, and not yet read."""
+    """The tensors of a folder, or of one file, by their names in the class with a head; found, and not yet read."""
 
-    def __init__(self, folder: Path, layout: Layout):
-        self.folder, self.layout = folder, layout
+    def __init__(self, source: Path, layout: Layout):
+        self.source, self.layout = source, layout
         known = {weight.name.format("0") for weight in layout.weights} | set(layout.tied)
         self.found: dict[str, Stored] = {}
-        for path in weight_files(folder, layout.stem):
+        for path in weight_files(source, layout.stem) if source.is_dir() else [weight_file(source)]:
             for name, stored in stored_tensors(path).items():
                 if any(re.fullmatch(pattern, name) for pattern in layout.ignored):
                     continue
@@ -231,7 +244,7 @@ class Tensors:
                 full = full if full.startswith(layout.prefix) or full in known else layout.prefix + full
                 if full in self.found:
                     raise PretrainedError(
-                        f"{folder} has the tensor {full} twice, in {path.name} for one: keep one file"
+                        f"{source} has the tensor {full} twice, in {path.name} for one: keep one file"
                     )
                 self.found[full] = stored
 
@@ -243,30 +256,31 @@ class Tensors:
         held = [(name, self.found[name]) for name in sorted(wanted.keys() & names)]
         wrong = [f"{name} {stored.shape} for {wanted[name]}" for name, stored in held if stored.shape != wanted[name]]
         refuse(
-            self.folder,
+            self.source,
             {
                 "missing": missing,
                 "left over": left_over,
-                "of another shape than config.json says": wrong,
+                f"of another shape than {'config.json says' if self.source.is_dir() else 'it has'}": wrong,
                 "no floating-point numbers": [f"{n} {x.dtype}" for n, x in held if x.dtype not in FLOATS.values()],
             },
         )
         for name, own in self.layout.tied.items():
             if name in names and not np.array_equal(self.found[name].read(), self.found[own].read()):
-                raise PretrainedError(f"{self.folder}: {name} differs from {own}, and here they are one: no such model")
+                raise PretrainedError(f"{self.source}: {name} differs from {own}, and here they are one: no such model")
 
 
-def refuse(folder: Path, problems: Mapping[str, Sequence[str]]) -> None:
+def refuse(source: Path, problems: Mapping[str, Sequence[str]]) -> None:
     """Raises PretrainedError with all names of tensors that have a problem, unless there are none."""
     told = [f"{what}: {', '.join(names)}" for what, names in problems.items() if names]
     if told:
-        raise PretrainedError(f"{folder} does not hold the model that its config.json names; {'; '.join(told)}")
+        model = "the model that its config.json names" if source.is_dir() else "the model that it is read for"
+        raise PretrainedError(f"{source} does not hold {model}; {'; '.join(told)}")
 
 
 def load(model: Any, tensors: Tensors, dtype: str | None, places: Mapping[str, Sharding]) -> Any:
     """An abstract model with its parameters read, each onto its place."""
     if (layers := layer_count(model)) > len(tensors.found):
-        raise PretrainedError(f"{tensors.folder} has {len(tensors.found)} tensors, and its config.json {layers} layers")
+        raise PretrainedError(f"{tensors.source} has {len(tensors.found)} tensors, and its config.json {layers} layers")
     all_groups = list(groups(model, tensors.layout.weights))
     tensors.check(shapes(all_groups))
     loaded: dict[str, nnx.Variable] = {}

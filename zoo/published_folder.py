@@ -131,6 +131,23 @@ def weight_files(folder: Path, stem: str = "model") -> list[Path]:
     return [folder / name for name in files]
 
 
+def weight_file(path: Path) -> Path:
+    """A safetensors file that was named itself; a pickle is refused with the command that converts it."""
+    if not path.is_file():
+        raise PretrainedError(f"{path} is not there: name a safetensors file")
+    with path.open("rb") as file:
+        start = file.read(4)
+    # A zip archive, which torch saves, or pickle's own mark; by either name it is none of ours.
+    if path.suffix in (".pth", ".pt", ".bin", ".pkl") or start == b"PK\x03\x04" or start[:1] == b"\x80":
+        name = path.with_suffix("").name
+        raise PretrainedError(
+            f"{path} is a pickle, which can run any code when it is read: where torch is, write safetensors by python "
+            f"-c \"import torch, safetensors.torch as s; s.save_file(torch.load('{path.name}', weights_only=True), "
+            f"'{name}.safetensors')\""
+        )
+    return path
+
+
 def holds_model(folder: Path) -> bool:
     names = ("config.json", PIPELINE_INDEX, *(name for stem in STEMS for name in weights_and_index(stem)))
     return any((folder / name).exists() for name in names)

@@ -21,8 +21,11 @@ TINY = {
     "512x768": "16x24",
     "zoo train ddpm-digits": "zoo train ddpm-digits --model.channels 4 8 --model.groups 2 --batch-size 8 --steps 1 "
     "--sampler.rows 1 --sampler.columns 8 --sampler.steps 2",
+    "zoo train vit-digits": "zoo train vit-digits --model.num-layers 1 --model.width 16 --model.mlp-width 16 "
+    "--model.num-heads 2 --batch-size 8 --steps 1 --sampler.rows 1",
+    "--samples 1000 --bits-per-dimension": "--samples 100",
 }
-WITHOUT_CACHE = ("train", "sample")
+WITHOUT_CACHE = ("train", "sample", "eval")
 
 
 def blocks(language: str) -> list[str]:
@@ -37,7 +40,7 @@ def test_commands_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     for name in ("fox.png", "hat.png"):
         pictures.write_png(np.full((16, 24, 3), 255, np.uint8), tmp_path / name)
     commands = [shlex.split(line) for block in blocks("sh") for line in block.splitlines()]
-    assert len(commands) == 9
+    assert len(commands) == 11
     for zoo, verb, *rest in commands:
         assert zoo == "zoo" and cli.main([verb, *rest, *["--no-compile-cache"] * (verb in WITHOUT_CACHE)]) == 0
     drawn = {path.name for path in tmp_path.glob("*.png")} - {"fox.png", "hat.png"}

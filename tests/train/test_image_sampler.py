@@ -35,6 +35,14 @@ class Points:
         return cls()
 
 
+@jax.tree_util.register_pytree_node_class
+class Blind(Points):
+    """Its samples are as different as its noise."""
+
+    def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
+        return 0.5 * x
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_grid_of_samples_is_written(tmp_path, sampler) -> None:
     sampler = ImageSampler(rows=2, columns=3, sampler=sampler, steps=20, scale=2)
@@ -74,12 +82,6 @@ def test_a_person_who_waits_sees_every_step(tmp_path, shown, strip) -> None:
 
 def test_draws_follow_the_key() -> None:
     sampler = ImageSampler(rows=1, columns=2, steps=3, eta=1.0)
-
-    class Blind(Points):
-        def __call__(self, x: jax.Array, t: jax.Array) -> jax.Array:
-            return 0.5 * x
-
-    jax.tree_util.register_pytree_node_class(Blind)
     one, again, other = (sampler.draw(Blind(), (4, 4, 1), jax.random.key(seed)) for seed in (0, 0, 1))
     assert (one == again).all() and (one != other).any()
     assert one.shape == (2, 4, 4, 1) and abs(one).max() <= 1
@@ -111,6 +113,17 @@ class Classes(Points):
 def test_classes_take_turns_and_guidance_leads_away_from_none(options, values) -> None:
     drawn = ImageSampler(rows=2, steps=20, **options).draw(Classes(), (4, 4, 1), jax.random.key(0))
     np.testing.assert_allclose(drawn, np.broadcast_to(np.array(values)[:, None, None, None], drawn.shape), atol=1e-3)
+
+
+def test_many_are_drawn_in_batches_and_classes_go_on_taking_turns() -> None:
+    sampler = ImageSampler(steps=20, classes="0,2")
+    drawn = list(sampler.draws(Classes(), DATA, jax.random.key(0), 7, 3))
+    assert [len(batch) for batch in drawn] == [3, 3, 1] and drawn[0].shape[1:] == DATA.example_shape
+    np.testing.assert_allclose(
+        np.concatenate(drawn).mean((1, 2, 3)), [-0.5, 0.5, -0.5, 0.5, -0.5, 0.5, -0.5], atol=1e-3
+    )
+    one, other = ImageSampler(steps=3).draws(Blind(), DATA, jax.random.key(0), 4, 2)
+    assert (one != other).any()
 
 
 @pytest.mark.parametrize(

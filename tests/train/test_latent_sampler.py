@@ -46,6 +46,13 @@ def test_latents_are_drawn_unbounded_and_shown_decoded(tmp_path: Path, shown: li
     assert latents.shape == (6, 4, 4, 4) and np.abs(latents).max() > 1
 
 
+def test_many_latents_are_drawn_in_batches_and_decoded():
+    model = jax.jit(lambda: DIT.build(nnx.Rngs(0)))()
+    drawn = list(LatentSampler(steps=2).draws(model, Data(), jax.random.key(0), 5, 4))
+    assert [batch.shape for batch in drawn] == [(4, 8, 8, 1), (1, 8, 8, 1)]
+    assert np.abs(np.concatenate(drawn)).max() <= 1 and (drawn[0][0] != drawn[1][0]).any()
+
+
 def test_each_prompt_is_a_row(tmp_path: Path, shown: list):
     draw = np.random.default_rng(0)
     # What begins at zero would hide the text.

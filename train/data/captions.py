@@ -86,6 +86,10 @@ class CaptionedImageData(TokenizedText):
             end=self.vocabulary.end_of_text,
         )
 
+    def pixels(self, split: str) -> np.ndarray:
+        """The images of a split, uint8 [N, Y, X, C], which are read from the disk when they are used."""
+        return open_images(prepared_images(self._source()), split, batch_size=1, seed=0, flip=False).pixels
+
     @property
     def unit(self) -> str:
         return "images"

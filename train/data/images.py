@@ -44,6 +44,10 @@ class ImageData:
         """`split` is "train" or "validation"; prepares first what is missing (a host with a disk of its own)."""
         return open_images(self._folder(), split, batch_size=batch_size, seed=seed, flip=self.flip)
 
+    def pixels(self, split: str) -> np.ndarray:
+        """The images of a split, uint8 [N, Y, X, C], which are read from the disk when they are used."""
+        return open_images(self._folder(), split, batch_size=1, seed=0, flip=False).pixels
+
     @property
     def unit(self) -> str:
         return "images"

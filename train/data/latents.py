@@ -94,8 +94,7 @@ class LatentData(ImageData):
         """Latents [N, y, x, C], as batches have them, to images [N, Y, X, C], float32 in [-1, 1]."""
         head, model = _head(self._latents()), self._autoencoder
         unscaled = (latents - np.array(head["offset"], np.float32)) / np.array(head["factor"], np.float32)
-        decode = jax.jit(lambda model, latents: model.decode(latents))
-        parts = [decode(model, unscaled[i : i + ROWS]) for i in range(0, len(unscaled), ROWS)]
+        parts = [_decode(model, unscaled[i : i + ROWS]) for i in range(0, len(unscaled), ROWS)]
         return np.clip(np.concatenate([np.asarray(part) for part in parts]), -1, 1)
 
     @property
@@ -104,8 +103,7 @@ class LatentData(ImageData):
 
     @property
     def _is_run(self) -> bool:
-        """A published folder has a config.json too."""
-        return run_folder.is_run(self._path) and '"experiment"' in (self._path / run_folder.CONFIG).read_text()
+        return run_folder.is_run(self._path) and not run_folder.is_published(self._path)
 
     @cached_property
     def _autoencoder(self) -> Autoencoder:
@@ -218,6 +216,11 @@ class Latents:
             "labels": np.where(real, self.images.labels[chosen], 0).astype(np.int32),
             "weights": real.astype(np.float32),
         }
+
+
+@jax.jit
+def _decode(model: Autoencoder, latents: jax.Array) -> jax.Array:
+    return model.decode(latents)
 
 
 def _pieces(folder: Path) -> Path:
