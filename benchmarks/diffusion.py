@@ -34,6 +34,7 @@ from benchmarks import diffusion_tasks, sides, train_step
 from benchmarks.diffusion_tasks import TASKS
 from zoo.diffusion import published_schedulers, samplers, schedules
 from zoo.diffusion.sampling import sample
+from zoo.kernels.memory import give_back
 
 TORCH = Path(__file__).with_name("torch_diffusion.py")
 RESULTS = Path(__file__).with_name("results") / "diffusion.jsonl"
@@ -45,9 +46,15 @@ def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {ours: batch[name] for name, ours in names.items() if name in batch}
 
 
+def built(config: Any) -> Any:
+    model = jax.block_until_ready(jax.jit(lambda: config.build(nnx.Rngs(0)))())
+    give_back()
+    return model
+
+
 def draw(config: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
     """So many steps of DDIM, from noise."""
-    model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
+    model = built(config)
     table = samplers.DDIM().table(schedules.make(config.noising), steps)
 
     @jax.jit
@@ -59,7 +66,7 @@ def draw(config: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], 
 
 def evaluate(config: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
     """So many calls of the network, each of the one before, as cheap a loop as there is."""
-    model = jax.jit(lambda: config.build(nnx.Rngs(0)))()
+    model = built(config)
 
     @jax.jit
     def compiled(model: Any, given: dict[str, jax.Array], x: jax.Array) -> jax.Array:

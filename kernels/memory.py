@@ -1,9 +1,11 @@
-"""What is held in memory, and as what: bits of half-precision arrays, names of what a backward pass keeps.
+"""What is held in memory, and as what: bits of half-precision arrays, what a backward pass keeps, what is given back.
 
 XLA's CPU compiler knows 16-bit floats in products alone. Any other operation reads and writes them as float32, so that
 cutting one layer out of a stack, or writing it there, converts the stack. Integers it moves as they are.
 """
 
+import ctypes
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -17,6 +19,12 @@ def platform() -> str:
     """What is compiled for, as far as a process knows: by the mesh that is set, else by its own devices."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def give_back() -> None:
+    """Memory that this process has freed, as compilers free much, goes to the system; glibc keeps it for itself."""
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 def loop_options(target: str) -> dict[str, str] | None:

@@ -3,10 +3,8 @@
 Call and lower what this file compiles within `zoo.sharding.use(mesh)`: the modules' constraints follow it.
 """
 
-import ctypes
 import dataclasses
 import math
-import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zoo import sharding
-from zoo.kernels.memory import loop_options
+from zoo.kernels.memory import give_back, loop_options
 from zoo.train import optimizer as optimizers
 from zoo.train.experiment import Batch, Experiment, Loss, UserError
 
@@ -105,10 +103,9 @@ def check_numbers(experiment: AnyExperiment) -> None:
 
 
 def compiled(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    """The program; what compiling it took goes back to the system, where glibc would keep it for itself."""
+    """The program; what compiling it took is given back."""
     program = lowered.compile()
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
+    give_back()
     return program
 
 
@@ -143,7 +140,10 @@ def build_state(experiment: AnyExperiment, seed: jax.Array | int) -> State:
 
 def init_state(experiment: AnyExperiment, mesh: Mesh) -> State:
     """The state before the first step, born sharded."""
-    return sharding.initialize(partial(build_state, experiment), np.uint32(experiment.seed), mesh=mesh)
+    state = sharding.initialize(partial(build_state, experiment), np.uint32(experiment.seed), mesh=mesh)
+    jax.block_until_ready(state)
+    give_back()
+    return state
 
 
 def abstract_state(experiment: AnyExperiment, mesh: Mesh) -> State:
