@@ -4,11 +4,11 @@
     python -m benchmarks.diffusion --torch-python PATH --model ddpm-cifar10 --what sample
 
 Presets are at the sizes of benchmarks.diffusion_tasks, large ones cut. Both sides are built from one config.json,
-without dropout, each from its own initialisation, in float32. zoo trains with the objective and step of its recipes,
-and samples with the sampler that `zoo sample` uses; a third side calls its network alone, as often as the sampler does,
-for what the sampler's loop costs beyond it. Sides are processes that take turns. Reported: medians of images (or texts)
-a second (of one step of sampling: images times steps), and the peak resident size, which for zoo includes compilation.
-What is known of it: benchmarks/notes/diffusion.md.
+without dropout, in float32, each from its own initialisation; sampling, zoo reads its own from a published folder. zoo
+trains with the objective and step of its recipes, and samples with the sampler that `zoo sample` uses; a third side
+calls its network alone, as often as the sampler does, for what the sampler's loop costs beyond it. Sides are processes
+that take turns. Reported: medians of images (or texts) a second (of one step of sampling: images times steps), and the
+peak resident size, which for zoo includes compilation. What is known of it: benchmarks/notes/diffusion.md.
 """
 
 import argparse
@@ -30,11 +30,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+import zoo
 from benchmarks import diffusion_tasks, sides, train_step
 from benchmarks.diffusion_tasks import TASKS
 from zoo.diffusion import published_schedulers, samplers, schedules
 from zoo.diffusion.sampling import sample
-from zoo.kernels.memory import give_back
+from zoo.models.noising import Noising
+from zoo.train import step
 
 TORCH = Path(__file__).with_name("torch_diffusion.py")
 RESULTS = Path(__file__).with_name("results") / "diffusion.jsonl"
@@ -46,36 +48,30 @@ def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {ours: batch[name] for name, ours in names.items() if name in batch}
 
 
-def built(config: Any) -> Any:
-    model = jax.block_until_ready(jax.jit(lambda: config.build(nnx.Rngs(0)))())
-    give_back()
-    return model
-
-
-def draw(config: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
+def draw(model: Any, noising: Noising, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
     """So many steps of DDIM, from noise."""
-    model = built(config)
-    table = samplers.DDIM().table(schedules.make(config.noising), steps)
+    table = samplers.DDIM().table(schedules.make(noising), steps)
 
-    @jax.jit
-    def compiled(model: Any, given: dict[str, jax.Array], key: jax.Array) -> jax.Array:
+    def drawn(model: Any, given: dict[str, jax.Array], key: jax.Array) -> jax.Array:
         return sample(lambda x, t: model(x, t, **given), table, batch["images"].shape, key).std()
 
-    return lambda: float(compiled(model, told(batch), jax.random.key(0)))
+    given, key = told(batch), jax.random.key(0)
+    program = step.compiled(jax.jit(drawn).lower(model, given, key))
+    return lambda: float(program(model, given, key))
 
 
-def evaluate(config: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
+def evaluate(model: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
     """So many calls of the network, each of the one before, as cheap a loop as there is."""
-    model = built(config)
 
-    @jax.jit
-    def compiled(model: Any, given: dict[str, jax.Array], x: jax.Array) -> jax.Array:
-        def step(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
+    def called(model: Any, given: dict[str, jax.Array], x: jax.Array) -> jax.Array:
+        def once(x: jax.Array, t: jax.Array) -> tuple[jax.Array, None]:
             return model(x, jnp.full(len(x), t), **given), None
 
-        return jax.lax.scan(step, x, jnp.arange(steps))[0].std()
+        return jax.lax.scan(once, x, jnp.arange(steps))[0].std()
 
-    return lambda: float(compiled(model, told(batch), batch["images"]))
+    given, x = told(batch), jnp.asarray(batch["images"])
+    program = step.compiled(jax.jit(called).lower(model, given, x))
+    return lambda: float(program(model, given, x))
 
 
 def serve(folder: Path, name: str, what: str, steps: int) -> None:
@@ -85,13 +81,18 @@ def serve(folder: Path, name: str, what: str, steps: int) -> None:
     if what == "train":
         sides.serve(train_step.turns(experiment, batch))
     else:
-        sides.serve((draw if what == "sample" else evaluate)(experiment.model, batch, steps))
+        model = zoo.from_pretrained(folder)
+        draws = what == "sample"
+        sides.serve(draw(model, experiment.model.noising, batch, steps) if draws else evaluate(model, batch, steps))
 
 
 def compare(options: argparse.Namespace, name: str, config: Any, what: str) -> dict[str, dict[str, Any]]:
     """Each side's figures; `what` is "train" or "sample"."""
     task = TASKS[name]
     with tempfile.TemporaryDirectory() as folder:
+        if what == "sample":
+            # Weights of a program that makes them would cost more memory than sampling does.
+            zoo.save_pretrained(jax.jit(lambda: config.build(nnx.Rngs(0)))(), folder)
         (Path(folder) / "config.json").write_text(json.dumps(config.to_published()))
         if diffusion_tasks.denoises(name):
             scheduler = published_schedulers.to_published(config.noising, samplers.DDPM())

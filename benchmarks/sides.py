@@ -7,7 +7,6 @@ by its path and imports this file as `sides`: see `environment`.
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -85,8 +84,8 @@ def serve(turn: Callable[[], Any]) -> None:
             answer["results"].append(turn())
             answer["seconds"].append(time.perf_counter() - start)
             answer["cpu_seconds"].append(time.process_time() - cpu)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        print(json.dumps(answer | {"peak_mib": peak}), flush=True)
+        # Not getrusage's, which begins with that of the process that started this one.
+        print(json.dumps(answer | {"peak_mib": resident("VmHWM")}), flush=True)
 
 
 def rows(batch: int, longest: int) -> list[list[int]]:

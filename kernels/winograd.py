@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zoo.kernels.memory import materialized
+from zoo.kernels.memory import awaiting, materialized
 
 _ROWS = 4
 """Of the result that a tile has."""
@@ -53,7 +53,9 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     batch, height, width, inputs = x.shape
     outputs = kernel.shape[-1]
     columns = kernel.transpose(0, 2, 1, 3).reshape(3, inputs * 3 * outputs)
-    kernels = (jnp.asarray(_KERNELS, x.dtype) @ columns).reshape(6, inputs, 3 * outputs)
+    # Not made of all a network's kernels when a program begins.
+    weights = awaiting(jnp.asarray(_KERNELS, x.dtype), x)
+    kernels = (weights @ columns).reshape(6, inputs, 3 * outputs)
     products = jnp.einsum("npi,nio->npo", _tiles(x), kernels)
     products = products.reshape(6, batch, height // _ROWS, width + 2, 3, outputs)
     sums = [reduce(add, (product[:, :, i : i + width, i] for i in range(3))) for product in products]

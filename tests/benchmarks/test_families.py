@@ -57,7 +57,8 @@ def test_every_golden_folder_has_a_row(tables: dict[str, Table]) -> None:
     folders = {str(path.parent.relative_to(GOLDEN)) for path in GOLDEN.rglob("golden.npz") if "flax" not in path.parts}
     named = {name.partition(" | ")[0] for table in tables.values() for name in table.rows}
     named = {name for name in named if not name.startswith("`")}
-    assert folders - named == {"schedulers", "transformer/torch"} and not named - folders
+    # Inception measures samples, and is no family.
+    assert folders - named == {"inception", "schedulers", "transformer/torch"} and not named - folders
     classes = {case["config"]["_class_name"] for case in sampler_rows.cases().values()}
     assert tables["samplers"].rows == {f"`{name}`": name for name in classes}
 
