@@ -77,7 +77,8 @@ def recomputed(f: Callable[..., jax.Array], told: Any, *arguments: Any) -> jax.A
     """`f(told, *arguments)`, of which the backward pass keeps the arguments alone, and computes the rest again.
 
     As jax.checkpoint has it, which XLA's CPU compiler undoes: outside of loops it merges what is computed twice. Here
-    the second time awaits the gradient, by `told`, a tree of small arrays: what depends on it is what is not kept.
+    the second time awaits the gradient, by `told`, a tree of small arrays: what depends on it is what is not kept. On
+    accelerators the compiler chooses.
     """
     return cast(jax.Array, _recomputed(f, told, *arguments))
 
