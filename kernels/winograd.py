@@ -39,12 +39,12 @@ _TILES = np.linalg.inv(_values(5)).T
 
 
 def suits(x: jax.Array, kernel: jax.Array) -> bool:
-    """Whether images [B, Y, X, I] and a kernel [Ky, Kx, I, O] are of a kind and size that this is the faster way for.
+    """Whether images [B, Y, X, I] and a kernel [Ky, Kx, I, O] are of a size that this is the faster way for.
 
-    Small products do not use all cores, and small images are mostly edge.
+    Small products do not use all cores, and small images are mostly edge. Products are in the kernel's dtype, float32.
     """
     square = kernel.shape[:2] == (3, 3) and min(kernel.shape[2:]) >= 64
-    return square and x.dtype == jnp.float32 and x.shape[1] % _ROWS == 0 and min(x.shape[1:3]) >= 16
+    return square and kernel.dtype == jnp.float32 and x.shape[1] % _ROWS == 0 and min(x.shape[1:3]) >= 16
 
 
 @jax.jit

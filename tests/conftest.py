@@ -31,7 +31,7 @@ def shown(monkeypatch: pytest.MonkeyPatch) -> list[int | str]:
     told: list[int | str] = []
 
     class Bar(progress.Quiet):
-        def __init__(self, steps: int, unit: str, console: object) -> None:
+        def __init__(self, steps: int, unit: str, console: object, counted: str) -> None:
             told.append(steps)
 
         def update(self, step: int, figures: object) -> None:

@@ -19,7 +19,7 @@ from zoo.layers.linear import Precision
 from zoo.models.inception import SIDE, InceptionConfig
 from zoo.models.vit import ViT, ViTConfig
 from zoo.pretrained import from_pretrained, read_weights
-from zoo.published_folder import HUB_ID, find_model, read_json
+from zoo.published_folder import find_model, is_on_hub, read_json
 from zoo.sharding import constrain
 from zoo.train import run_folder
 from zoo.train import session as sessions
@@ -81,9 +81,7 @@ def open_network(source: str, placement: Placement) -> FeatureNetwork:
         return _inception(path, placement)
     if run_folder.is_run(path) and not run_folder.is_published(path):
         return _of_run(path, placement)
-    # x/y, with a folder x here, is a folder that is missing, and not a model of the hub.
-    on_hub = HUB_ID.fullmatch(source) and "/" in source and not path.parent.exists()
-    if not path.is_dir() and not on_hub:
+    if not path.is_dir() and not is_on_hub(source):
         raise UserError(f"--features {source} is not there: name {KINDS}")
     return _published(source, placement)
 

@@ -42,7 +42,7 @@ def sampling(steps: int, *, shown: bool = True) -> Iterator[Callback | None]:
     if not (shown and jax.process_count() == 1 and sys.stderr.isatty()):
         yield None
         return
-    with contextlib.closing(Bar(steps, "", console=Console(stderr=True))) as bar:
+    with contextlib.closing(waiting(steps)) as bar:
         # What is left is told by the steps after the first, which waited for the compiler.
         ended: list[float] = []
 

@@ -76,6 +76,12 @@ def find(source: str | os.PathLike, files: Sequence[str] = FILES) -> Path:
     return _downloaded(str(source), files, ignored="*/*")
 
 
+def is_on_hub(source: str) -> bool:
+    """Whether this is to be looked for on the hub: x/y, with a folder x here, is a folder that is missing."""
+    folder = Path(source).expanduser()
+    return bool(HUB_ID.fullmatch(source)) and "/" in source and not folder.exists() and not folder.parent.exists()
+
+
 def find_model(source: str | os.PathLike) -> Path:
     """As `find`, of a model or of a whole pipeline: of that, what zoo reads is downloaded."""
     if Path(source).expanduser().exists():

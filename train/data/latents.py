@@ -149,9 +149,8 @@ class LatentData(ImageData):
 
     @cached_property
     def _encoding(self) -> Encoding:
-        pixels = self._folder()
-        images = {split: open_images(pixels, split, batch_size=1, seed=0, flip=False).pixels for split in SPLITS}
-        return Encoding(self._autoencoder, images, self.flip, _pieces(self._target()))
+        pixels = {split: self.pixels(split) for split in SPLITS}
+        return Encoding(self._autoencoder, pixels, self.flip, _pieces(self._target()))
 
     def _encode(self, rank: int = 0, count: int = 1) -> None:
         """This process's share of the pieces, one of `count`; those that are there are left as they are."""

@@ -68,12 +68,13 @@ def main(arguments: Sequence[str]) -> int:
     asked, devices = parse((Figures(), Devices()), rest, prog=f"zoo eval {folder}", description=description)
     asked.check()
     launch.start(devices.placement())
-    # Imported here because they need orbax and the data's libraries: mistakes above need not wait for them.
+    # Imported here because it needs orbax and the data's libraries: mistakes above need not wait for them.
     from zoo.train.evaluate import evaluate_run
-    from zoo.train.sample_distances import distances
 
     found = None
     if asked.features is not None and asked.samples is not None:
+        from zoo.train.sample_distances import distances
+
         found = distances(
             folder,
             devices.placement(),

@@ -84,12 +84,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def is_pipeline(source: str) -> bool:
     """Whether this names a published pipeline, and not a run; raises UserError for a published model that is none."""
-    from zoo.published_folder import HUB_ID, PIPELINE_INDEX, find, read_json
+    from zoo.published_folder import PIPELINE_INDEX, find, is_on_hub, read_json
 
     folder = Path(source).expanduser()
     if not folder.exists():
-        # runs/x, with runs there, is a run that is missing.
-        if not HUB_ID.fullmatch(source) or "/" not in source or folder.parent.exists():
+        if not is_on_hub(source):
             return False
         folder = find(source, (PIPELINE_INDEX, "config.json"))
     if (folder / PIPELINE_INDEX).is_file():

@@ -26,23 +26,15 @@ def convolve(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding, pre
 
     padding: zeros before and after each of Y and X. As deep learning has it, the kernel is not flipped.
     """
-    x, kernel = x.astype(precision.compute), _gathered(kernel, precision)
-
-    def direct(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return _convolve(x, kernel, ("NHWC", "HWIO", "NHWC"), precision, padding, stride=stride)
-
-    y = _either(_halves(x, kernel, stride, padding), winograd.convolve, direct, x, kernel)
+    kernel = _gathered(kernel, precision)
+    halved = winograd.convolve if _halves(x, kernel, stride, padding) else None
+    y = _convolve(x, kernel, ("NHWC", "HWIO", "NHWC"), precision, padding, stride=stride, on_cpu=halved)
     return y.astype(precision.compute)
 
 
 def _halves(x: jax.Array, kernel: jax.Array, stride: int, padding: Padding) -> bool:
-    """Whether half the multiplications are enough for x, kernel and their gradients; in the compute dtype."""
+    """Whether CPUs have half the multiplications for x, a kernel in the compute dtype, and their gradients."""
     return stride == 1 and padding == ((1, 1), (1, 1)) and winograd.suits(x, kernel)
-
-
-def _either(halves: bool, halved: Product, direct: Product, lhs: jax.Array, rhs: jax.Array) -> jax.Array:
-    """`halved` on CPUs, if so said, else `direct`."""
-    return jax.lax.platform_dependent(lhs, rhs, cpu=halved, default=direct) if halves else direct(lhs, rhs)
 
 
 def _forward(
@@ -61,22 +53,17 @@ def _backward(
         spread = (outputs - 1) * stride + 1
         x_padding.append((window - 1 - before, size - spread + before))
         kernel_padding.append((before, window - 1 + spread - size - before))
-    x, dy = residuals[0].astype(precision.compute), dy.astype(precision.compute)
     turned = _gathered(awaiting(kernel, dy), precision)[::-1, ::-1]
     halves = _halves(x, turned, stride, padding)
 
-    def direct_x(dy: jax.Array, turned: jax.Array) -> jax.Array:
-        return _convolve(dy, turned, ("NHWC", "HWOI", "NHWC"), precision, x_padding, spread_lhs=stride)
-
-    def halved_x(dy: jax.Array, turned: jax.Array) -> jax.Array:
+    def halved(dy: jax.Array, turned: jax.Array) -> jax.Array:
         return winograd.convolve(dy, turned.swapaxes(2, 3))
 
-    def direct_kernel(x: jax.Array, dy: jax.Array) -> jax.Array:
-        return _convolve(x, dy, ("CHWN", "IHWO", "HWNC"), precision, kernel_padding, spread_rhs=stride)
-
-    dx = _either(halves, halved_x, direct_x, dy, turned)
-    dkernel = _either(halves, winograd.kernel_gradient, direct_kernel, x, dy)
-    return dx.astype(residuals[0].dtype), dkernel.astype(kernel.dtype)
+    layouts, on_cpu = ("NHWC", "HWOI", "NHWC"), halved if halves else None
+    dx = _convolve(dy, turned, layouts, precision, x_padding, spread_lhs=stride, on_cpu=on_cpu)
+    layouts, on_cpu = ("CHWN", "IHWO", "HWNC"), winograd.kernel_gradient if halves else None
+    dkernel = _convolve(x, dy, layouts, precision, kernel_padding, spread_rhs=stride, on_cpu=on_cpu)
+    return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
 
 convolve.defvjp(_forward, _backward)
@@ -101,8 +88,11 @@ def _convolve(
     stride: int = 1,
     spread_lhs: int = 1,
     spread_rhs: int = 1,
+    on_cpu: Product | None = None,
 ) -> jax.Array:
-    """A convolution of compute-dtype operands in the given layouts; float32.
+    """A convolution of operands in the compute dtype and in the given layouts; float32.
+
+    on_cpu: computes the same there, in another way.
 
     On CPUs the operands are transposed to NHWC and HWIO first: inside a loop (accumulation of gradients is one) XLA has
     a fast convolution for these alone, and any other order is some hundred times slower (jax#12868). Elsewhere the
@@ -132,7 +122,7 @@ def _convolve(
         return y.transpose(["NHWC".index(axis) for axis in layouts[2]])
 
     lhs, rhs = lhs.astype(precision.compute), rhs.astype(precision.compute)
-    return jax.lax.platform_dependent(lhs, rhs, cpu=transposed, tpu=summed, default=direct)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=on_cpu or transposed, tpu=summed, default=direct)
 
 
 class Conv(nnx.Module):
