@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from zoo.kernels import bias_distance
 from zoo.kernels.mask import AttentionError, Side
 
 BiasFunction = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
@@ -77,8 +78,13 @@ def block(bias: jax.Array | Bias, heads: jax.Array, query: Side, key: Side, slic
     slices: of the block in an array, None for all of it; a Bias goes by heads and sides.
     """
     if isinstance(bias, Bias):
-        return _evaluate(bias.function, bias.tables, heads, query, key)
+        return _evaluate(bias.function, bias.tables, heads, query.positions, key.positions)
     return bias if slices is None else jax.lax.dynamic_slice(bias, *_slice(bias.shape, slices))
+
+
+def depends_on_distance(bias: Bias, heads: jax.Array) -> bool:
+    """Whether the function stays the same where query and key move by the same number."""
+    return bias_distance.depends_on_distance(bias.function, bias.tables, heads.size)
 
 
 def zero_gradient(bias: Given, dtype: jnp.dtype) -> Any:
@@ -94,14 +100,24 @@ def add_gradient(
     query: Side,
     key: Side,
     slices: Slices | None = None,
+    consecutive: bool = False,
 ) -> Any:
-    """Adds what one block's gradient of the scores [b, n, t, s] gives for the bias."""
+    """Adds what one block's gradient of the scores [b, n, t, s] gives for the bias.
+
+    consecutive: positions are known to rise by one from query to query, and from key to key.
+    """
     if bias is None:
         return None
     if isinstance(bias, Bias):
+        of_queries, of_keys = query.positions, key.positions
+        if consecutive and depends_on_distance(bias, heads):
+            # One query, and the keys at all distances that the block has.
+            of_queries = of_queries[:, :1]
+            of_keys = of_keys[:, :1] + jnp.arange(1 - query.length, key.length, dtype=of_keys.dtype)
+            scores = bias_distance.summed_by_distance(scores)[:, :, None]
 
         def evaluate(tables: Any) -> jax.Array:
-            values = _evaluate(bias.function, tables, heads, query, key)
+            values = _evaluate(bias.function, tables, heads, of_queries, of_keys)
             return jnp.broadcast_to(values.astype(scores.dtype), scores.shape)
 
         (tables,) = jax.vjp(evaluate, bias.tables)[1](scores)
@@ -112,10 +128,10 @@ def add_gradient(
     return jax.lax.dynamic_update_slice(gradient, jax.lax.dynamic_slice(gradient, corner, sizes) + summed, corner)
 
 
-def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, query: Side, key: Side) -> jax.Array:
-    q, k = query.positions[:, None, :, None], key.positions[:, None, None]
-    x = function(tables, heads[None, :, None, None], q, k)
-    wanted = (max(q.shape[0], k.shape[0]), heads.shape[0], query.length, key.length)
+def _evaluate(function: BiasFunction, tables: Any, heads: jax.Array, queries: jax.Array, keys: jax.Array) -> jax.Array:
+    """Of positions of queries [1 or b, t] and keys [1 or b, s]."""
+    x = function(tables, heads[None, :, None, None], queries[:, None, :, None], keys[:, None, None])
+    wanted = (max(queries.shape[0], keys.shape[0]), heads.shape[0], queries.shape[1], keys.shape[1])
     if x.ndim > 4 or any(a not in (1, b) for a, b in zip(x.shape[::-1], wanted[::-1], strict=False)):
         raise AttentionError(
             f"Bias function gave shape {x.shape}: for this block it must broadcast to {wanted}; "

@@ -21,7 +21,7 @@ from zoo.kernels import dropout as dropouts
 from zoo.kernels.chunked_parts import Cut, Index, Part, Sizes, counted, cpu_sizes, square_sizes
 from zoo.kernels.engine import Learned, Output
 from zoo.kernels.mask import Side, allowed
-from zoo.kernels.memory import from_bits, platform, to_bits
+from zoo.kernels.memory import awaiting, from_bits, platform, to_bits
 from zoo.kernels.problem import Problem, padded, varying_axes, varying_over
 
 HELD_FORWARD, HELD_BACKWARD = 2, 4
@@ -37,6 +37,8 @@ class Chunked(NamedTuple):
         return _by_platform(self.sizes, HELD_FORWARD, _forward, problem)
 
     def backward(self, problem: Problem, output: Output, gradient: Output) -> Learned:
+        # Scores are not computed again before their gradient is there.
+        problem = problem.replace(q=awaiting(problem.q, gradient.out))
         return _by_platform(self.sizes, HELD_BACKWARD, _backward, problem, output, gradient)
 
 
@@ -190,7 +192,9 @@ def _backward(cut: Cut, output: Output, gradient: Output) -> Learned:
             d_weights = part.by_head(_product(p, "bnth,bnsh->bnts", rows_d_out, part.values(j)))
             d_x = weights * (_dropped(part, d_weights, query, key) * kept - rows_delta)
             slices = part.slices(i, j)
-            d_bias = biases.add_gradient(sums.bias, cut.bias, d_x, part.head_indices, query, key, slices)
+            d_bias = biases.add_gradient(
+                sums.bias, cut.bias, d_x, part.head_indices, query, key, slices, part.mask.rules.consecutive
+            )
             d_x = part.by_group(d_x if slope is None else d_x * slope)
             d_k = _product(p, "bnht,bnts->bnhs", q_turned, d_x)
             d_q = sums.q + _product(p, "bnts,bnsh->bnth", d_x, part.keys(j))

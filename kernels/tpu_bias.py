@@ -5,22 +5,20 @@ outside of the kernels, once for each of the T + S distances, and its gradient i
 scores' gradients along each diagonal. A kernel reads the bias of a visit's distances as rows of 128, lays it out as one
 array of 128 columns of which every 128 columns of a tile are a range of rows, and sums gradients in another such array.
 
-What the function depends on is read off its jaxpr. Whether positions that the caller gives are as far apart as their
+Whether positions that the caller gives are as far apart as their
 places in the arrays, or piece by piece so, as in packed documents, is known only when the program runs.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.extend.core import Literal
 
 from zoo.kernels import bias as biases
-from zoo.kernels.bias import Bias, BiasFunction
+from zoo.kernels.bias import Bias
 from zoo.kernels.mask import ResolvedMask, Side
 from zoo.kernels.problem import Problem
 from zoo.kernels.tpu_blocks import LANES, Blocks, chip, vmem
@@ -37,80 +35,7 @@ SIDE_BY_SIDE = 4
 
 def by_distance(problem: Problem) -> bool:
     """Whether the problem has a bias, and one of the distance."""
-    return isinstance(problem.bias, Bias) and depends_on_distance(problem.bias, problem.heads)
-
-
-_answers: WeakKeyDictionary[BiasFunction, dict[Any, bool]] = WeakKeyDictionary()
-"""Of `depends_on_distance`, which a call asks some ten times: by function, which is taken to be pure, and shapes."""
-
-
-def depends_on_distance(bias: Bias, heads: jax.Array) -> bool:
-    """Whether the function stays the same where query and key move by the same number."""
-    tables = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), bias.tables)
-    leaves, tree = jax.tree.flatten(tables)
-    try:
-        known = _answers.setdefault(bias.function, {})
-    except TypeError:  # Of a named tuple, say, there are no weak references.
-        known = {}
-    of_shapes = tree, tuple(leaves), heads.size
-    if of_shapes not in known:
-        known[of_shapes] = _of_distance(bias.function, tables, heads.size)
-    return known[of_shapes]
-
-
-def _of_distance(function: BiasFunction, tables: Any, heads: int) -> bool:
-    shapes = (1, heads, 1, 1), (1, 1, 1, 1), (1, 1, 1, 2)
-    traced = jax.make_jaxpr(function)(tables, *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in shapes))
-    still = [0] * (len(traced.in_avals) - 2)
-    return _moves(traced.jaxpr, [*still, 1, 1]) == [0] * len(traced.out_avals)
-
-
-_CALLS = {"jit", "pjit", "closed_call", "custom_jvp_call", "custom_vjp_call", "checkpoint", "remat2"}
-_KEEP = {"broadcast_in_dim", "reshape", "squeeze", "expand_dims", "transpose", "copy", "pvary", "pcast"}
-_ALIKE = {"max", "min", "concatenate", "clamp"}
-_COMPARE = {"eq", "ne", "lt", "le", "gt", "ge"}
-
-Move = int | None
-"""How far a value moves where query and key both move by one; None: by what is not known."""
-
-
-def _moves(jaxpr: Any, moves: Sequence[Move]) -> list[Move]:
-    """Of a function's results, from those of its arguments."""
-    known: dict[Any, Move] = dict(zip(jaxpr.invars, moves, strict=True)) | dict.fromkeys(jaxpr.constvars, 0)
-
-    def of(atom: Any) -> Move:
-        return 0 if isinstance(atom, Literal) else known[atom]
-
-    for equation in jaxpr.eqns:
-        known |= zip(equation.outvars, _results(equation, [of(x) for x in equation.invars]), strict=True)
-    return [of(x) for x in jaxpr.outvars]
-
-
-def _results(equation: Any, moves: list[Move]) -> list[Move]:
-    name, count = equation.primitive.name, len(equation.outvars)
-    if not any(move != 0 for move in moves):
-        return [0] * count
-    if name in _CALLS:
-        inner = equation.params["jaxpr" if "jaxpr" in equation.params else "call_jaxpr"]
-        return _moves(getattr(inner, "jaxpr", inner), moves)
-    if None in moves:
-        return [None] * count
-    first, *rest = (move or 0 for move in moves)
-    same = len({first, *rest}) == 1
-    if name in _KEEP or (name in _ALIKE and same) or (name == "convert_element_type" and _exact(equation)):
-        return [first]
-    if name in _COMPARE and same:
-        return [0]
-    if name == "select_n" and first == 0 and len(set(rest)) == 1:
-        return [rest[0]]
-    sums: dict[str, list[Move]] = {"neg": [-first], "add": [first + sum(rest)], "sub": [first - sum(rest)]}
-    return sums.get(name, [None] * count)
-
-
-def _exact(equation: Any) -> bool:
-    """Whether a conversion keeps every move: of an integer to one as wide, or to a float that holds it."""
-    before, after = (x.aval.dtype for x in (equation.invars[0], equation.outvars[0]))
-    return jnp.issubdtype(before, jnp.signedinteger) and after in (jnp.int32, jnp.int64, jnp.float32, jnp.float64)
+    return isinstance(problem.bias, Bias) and biases.depends_on_distance(problem.bias, problem.heads)
 
 
 def _from_place(mask: ResolvedMask) -> tuple[jax.Array, jax.Array, jax.Array]:
