@@ -4,11 +4,12 @@
     python -m benchmarks.diffusion --torch-python PATH --model ddpm-cifar10 --what sample
 
 Presets are at the sizes of benchmarks.diffusion_tasks, large ones cut. Both sides are built from one config.json,
-without dropout, in float32, each from its own initialisation; sampling, zoo reads its own from a published folder. zoo
-trains with the objective and step of its recipes, and samples with the sampler that `zoo sample` uses; a third side
-calls its network alone, as often as the sampler does, for what the sampler's loop costs beyond it. Sides are processes
-that take turns. Reported: medians of images (or texts) a second (of one step of sampling: images times steps), and the
-peak resident size, which for zoo includes compilation. What is known of it: benchmarks/notes/diffusion.md.
+without dropout, in float32, each from its own initialisation; sampling, zoo reads its own from a published folder, once
+the program is compiled. zoo trains with the objective and step of its recipes, and samples with the sampler that `zoo
+sample` uses; a third side calls its network alone, as often as the sampler does, for what the sampler's loop costs
+beyond it. Sides are processes that take turns. Reported: medians of images (or texts) a second (of one step of
+sampling: images times steps), and the peak resident size, which for zoo includes compilation. What is known of it:
+benchmarks/notes/diffusion.md.
 """
 
 import argparse
@@ -33,6 +34,7 @@ from flax import nnx
 import zoo
 from benchmarks import diffusion_tasks, sides, train_step
 from benchmarks.diffusion_tasks import TASKS
+from zoo import sharding
 from zoo.diffusion import published_schedulers, samplers, schedules
 from zoo.diffusion.sampling import sample
 from zoo.models.noising import Noising
@@ -48,7 +50,14 @@ def told(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {ours: batch[name] for name, ours in names.items() if name in batch}
 
 
-def draw(model: Any, noising: Noising, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
+def read(folder: Path, abstract: Any) -> Any:
+    """A published model, as the abstract one that its program was compiled for: compiling took the memory first."""
+    return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(zoo.from_pretrained(folder)))
+
+
+def draw(
+    folder: Path, abstract: Any, noising: Noising, batch: dict[str, np.ndarray], steps: int
+) -> Callable[[], float]:
     """So many steps of DDIM, from noise."""
     table = samplers.DDIM().table(schedules.make(noising), steps)
 
@@ -56,11 +65,12 @@ def draw(model: Any, noising: Noising, batch: dict[str, np.ndarray], steps: int)
         return sample(lambda x, t: model(x, t, **given), table, batch["images"].shape, key).std()
 
     given, key = told(batch), jax.random.key(0)
-    program = step.compiled(jax.jit(drawn).lower(model, given, key))
+    program = step.compiled(jax.jit(drawn).lower(abstract, given, key))
+    model = read(folder, abstract)
     return lambda: float(program(model, given, key))
 
 
-def evaluate(model: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
+def evaluate(folder: Path, abstract: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[], float]:
     """So many calls of the network, each of the one before, as cheap a loop as there is."""
 
     def called(model: Any, given: dict[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -70,7 +80,8 @@ def evaluate(model: Any, batch: dict[str, np.ndarray], steps: int) -> Callable[[
         return jax.lax.scan(once, x, jnp.arange(steps))[0].std()
 
     given, x = told(batch), jnp.asarray(batch["images"])
-    program = step.compiled(jax.jit(called).lower(model, given, x))
+    program = step.compiled(jax.jit(called).lower(abstract, given, x))
+    model = read(folder, abstract)
     return lambda: float(program(model, given, x))
 
 
@@ -81,9 +92,12 @@ def serve(folder: Path, name: str, what: str, steps: int) -> None:
     if what == "train":
         sides.serve(train_step.turns(experiment, batch))
     else:
-        model = zoo.from_pretrained(folder)
-        draws = what == "sample"
-        sides.serve(draw(model, experiment.model.noising, batch, steps) if draws else evaluate(model, batch, steps))
+        abstract = sharding.abstract(lambda: experiment.model.build(nnx.Rngs(0)))
+        if what == "sample":
+            turn = draw(folder, abstract, experiment.model.noising, batch, steps)
+        else:
+            turn = evaluate(folder, abstract, batch, steps)
+        sides.serve(turn)
 
 
 def compare(options: argparse.Namespace, name: str, config: Any, what: str) -> dict[str, dict[str, Any]]:

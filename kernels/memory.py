@@ -5,6 +5,7 @@ cutting one layer out of a stack, or writing it there, converts the stack. Integ
 """
 
 import ctypes
+import gc
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -22,7 +23,8 @@ def platform() -> str:
 
 
 def give_back() -> None:
-    """Memory that this process has freed, as compilers free much, goes to the system; glibc keeps it for itself."""
+    """What tracing left behind in cycles is freed, and what is free goes to the system; glibc keeps it for itself."""
+    gc.collect()
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
 
@@ -58,6 +60,15 @@ def materialized(x: jax.Array) -> jax.Array:
         return jax.lax.cond(unknown, lambda x: x, jax.lax.optimization_barrier, x)
 
     return jax.lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
+
+
+@jax.custom_vjp
+def gradient_materialized(x: jax.Array) -> jax.Array:
+    """`x`, whose gradient is `materialized`."""
+    return x
+
+
+gradient_materialized.defvjp(lambda x: (x, None), lambda _, dy: (materialized(dy),))
 
 
 def awaiting(x: jax.Array, cause: jax.Array) -> jax.Array:

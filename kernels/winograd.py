@@ -52,13 +52,16 @@ def convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """x [B, Y, X, I] with kernel [3, 3, I, O], at stride 1 with a pixel of zeros around: [B, Y, X, O]; 4 divides Y."""
     batch, height, width, inputs = x.shape
     outputs = kernel.shape[-1]
-    columns = kernel.transpose(0, 2, 1, 3).reshape(3, inputs * 3 * outputs)
     # Not made of all a network's kernels when a program begins.
     weights = awaiting(jnp.asarray(_KERNELS, x.dtype), x)
-    kernels = (weights @ columns).reshape(6, inputs, 3 * outputs)
-    products = jnp.einsum("npi,nio->npo", _tiles(x), kernels)
-    products = products.reshape(6, batch, height // _ROWS, width + 2, 3, outputs)
-    sums = [reduce(add, (product[:, :, i : i + width, i] for i in range(3))) for product in products]
+    tiles = _tiles(x)
+
+    def column(i: int) -> jax.Array:
+        kernels = (weights @ kernel[:, i].reshape(3, -1)).reshape(6, inputs, outputs)
+        products = jnp.einsum("npi,nio->npo", tiles, kernels)
+        return products.reshape(6, batch, height // _ROWS, width + 2, outputs)[:, :, :, i : i + width]
+
+    sums = list(reduce(add, (column(i) for i in range(3))))
     return jnp.stack(_combined(_RESULTS, sums), 2).reshape(batch, height, width, outputs)
 
 

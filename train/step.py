@@ -17,7 +17,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from zoo import sharding
-from zoo.kernels.memory import give_back, loop_options
+from zoo.kernels.memory import give_back, loop_options, materialized
 from zoo.train import optimizer as optimizers
 from zoo.train.experiment import Batch, Experiment, Loss, UserError
 
@@ -177,7 +177,8 @@ def train_step(experiment: AnyExperiment, mesh: Mesh) -> Any:
         share = 1 / jnp.where(loss.weight > 0, loss.weight, 1)
         gradient = jax.tree.map(lambda g: g * share, sums)
         norm = share * optimizers.global_norm(sums)
-        good = jnp.isfinite(norm) & jnp.isfinite(loss.total)
+        # One flag, and not a test in the update of every parameter.
+        good = materialized(jnp.isfinite(norm) & jnp.isfinite(loss.total))
 
         updates, opt_state = optimizer.update(gradient, state.opt_state, state.model, good=good, norm=norm)
         model = optax.apply_updates(state.model, updates)

@@ -279,7 +279,10 @@ def initialize(build: Callable[..., Tree], *arguments: Any, mesh: Mesh, rules: R
     """`build(*arguments)` born sharded: no device ever holds more than its part."""
     layout = shardings(jax.eval_shape(build, *arguments), mesh, rules)
     with use(mesh, rules):
-        return jax.jit(build, out_shardings=layout)(*arguments)
+        # Of the arrays that random numbers are made of, a CPU would hold those of all parameters at once.
+        scheduler = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+        options = scheduler if mesh.devices.flat[0].platform == "cpu" else None
+        return jax.jit(build, out_shardings=layout, compiler_options=options)(*arguments)
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = RULES) -> NamedSharding:

@@ -298,3 +298,13 @@ def test_fields_that_older_files_leave_out_are_as_diffusers_takes_them() -> None
     left_out = {"attention_head_dim": 8, "cross_attention_dim": 768, "sample_size": 64}  # Of Stable Diffusion 1's.
     preset = dataclasses.replace(models.preset("stable-diffusion-v1-5"), noising=Noising())
     assert UNetConfig.from_published(CONDITIONAL | left_out) == preset
+
+
+def test_gradient_keeps_little_of_what_it_can_make_again() -> None:
+    """On a CPU, in activations of the first level: 38, and 56 where a norm keeps what it centres, and attention all."""
+    config = UNetConfig(channels=(64, 64), attention_levels=(1,), blocks_per_level=1, groups=8)
+    model = jax.eval_shape(lambda: config.build(nnx.Rngs(0)))
+    images, time = jax.ShapeDtypeStruct((4, 32, 32, 3), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    gradient = jax.jit(jax.grad(lambda model, x, t: jnp.square(model(x, t)).sum()))
+    memory = gradient.lower(model, images, time).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 45 * (4 * 32 * 32 * 64 * 4)

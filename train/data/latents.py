@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zoo.models.autoencoder import Autoencoder
-from zoo.train import checkpoints, manifest, processes, run_folder
+from zoo.train import processes, run_folder
 from zoo.train.data.cache import cache_dir, map_file, prepared, writable
 from zoo.train.data.encoding import ROWS, Encoding
 from zoo.train.data.files import files_fingerprint
@@ -132,6 +132,9 @@ class LatentData(ImageData):
             )
         weights = path
         if self._is_run:
+            # Here, because their library is large, and recipes are imported for less.
+            from zoo.train import checkpoints, manifest
+
             taken = checkpoints.steps(path / run_folder.CHECKPOINTS)
             if not taken:
                 raise UserError(f"--data.autoencoder {self.autoencoder} is a run without a checkpoint: train it first")

@@ -61,6 +61,8 @@ def _backward(
 
     layouts, on_cpu = ("NHWC", "HWOI", "NHWC"), halved if halves else None
     dx = _convolve(dy, turned, layouts, precision, x_padding, spread_lhs=stride, on_cpu=on_cpu)
+    # What is made of x is not there before dy is; sums of rows, several times as large, not while dx has its own.
+    x, dy = (awaiting(x, dx), awaiting(dy, dx)) if halves else (awaiting(x, dy), dy)
     layouts, on_cpu = ("CHWN", "IHWO", "HWNC"), winograd.kernel_gradient if halves else None
     dkernel = _convolve(x, dy, layouts, precision, kernel_padding, spread_rhs=stride, on_cpu=on_cpu)
     return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
@@ -172,15 +174,51 @@ class GroupNorm(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(channels, dtype), axes=("norm",))
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = x.astype(jnp.float32)
-        centred = x - self._means(x)
-        deviation = jax.lax.rsqrt(self._means(jnp.square(centred)) + self.epsilon)
-        return (centred * (deviation * self.scale[...]) + self.bias[...]).astype(self.compute)
+        return scaled(x, self.coefficients(x), self.compute)
 
-    def _means(self, x: jax.Array) -> jax.Array:
-        """[B, Y, X, C] to [B, 1, 1, C]: of each channel's group.
+    def coefficients(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Factors and terms, [B, 1, 1, C] float32, by which x is normalised."""
+        mean, variance = cast(tuple[jax.Array, jax.Array], _moments(x.astype(jnp.float32), self.groups))
+        factors = jax.lax.rsqrt(variance + self.epsilon) * self.scale[...]
+        return factors, self.bias[...] - mean * factors
 
-        Over the area first: a group is a few channels, and a sum over both would read a few numbers at a time.
-        """
-        groups = x.mean((1, 2)).reshape(x.shape[0], self.groups, -1).mean(-1)
-        return jnp.repeat(groups, x.shape[-1] // self.groups, 1)[:, None, None]
+
+def scaled(x: jax.Array, coefficients: tuple[jax.Array, jax.Array], dtype: str) -> jax.Array:
+    """x times the first, plus the second, in float32 and then in a dtype."""
+    factors, terms = coefficients
+    return (x.astype(jnp.float32) * factors + terms).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _moments(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """x [B, Y, X, C]: the mean and the variance of each channel's group, [B, 1, 1, C].
+
+    With a gradient of its own, which reads x and not its differences from the mean: those would be kept beside it.
+    """
+    mean = _group_means(x.mean((1, 2)), groups)
+    return mean, _group_means(jnp.square(x - mean).mean((1, 2)), groups)
+
+
+def _moments_forward(x: jax.Array, groups: int) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    moments = cast(tuple[jax.Array, jax.Array], _moments(x, groups))
+    return moments, (x, moments[0])
+
+
+def _moments_backward(
+    groups: int, residuals: tuple[jax.Array, jax.Array], gradient: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array]:
+    x, mean = residuals
+    d_mean, d_variance = (_group_means(dy[:, 0, 0], groups) / (x.shape[1] * x.shape[2]) for dy in gradient)
+    return (2 * d_variance * x + (d_mean - 2 * d_variance * mean),)
+
+
+_moments.defvjp(_moments_forward, _moments_backward)
+
+
+def _group_means(x: jax.Array, groups: int) -> jax.Array:
+    """[B, C] to [B, 1, 1, C]: of each channel's group.
+
+    Area comes first: a group is a few channels, and a sum over both would read a few numbers at a time.
+    """
+    means = x.reshape(x.shape[0], groups, -1).mean(-1)
+    return jnp.repeat(means, x.shape[-1] // groups, 1)[:, None, None]

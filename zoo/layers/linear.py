@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from zoo.kernels.memory import materialized, saved
+from zoo.kernels.memory import awaiting, materialized, saved
 from zoo.sharding import constrain, logical_axes
 
 Initializer = Callable[[jax.Array, tuple[int, ...], jnp.dtype], jax.Array]
@@ -85,7 +85,8 @@ def _affine_backward(in_rank: int, precision: Precision, residuals: tuple, dy: j
     leading = x.shape[: len(axes)]
     rows, columns = x.reshape(*leading, -1), dy.reshape(*leading, -1)
     dx = _dot(columns, _matrix(kernel, in_rank), (len(axes),), (1,), precision)
-    dkernel = _dot(materialized(rows), columns, axes, axes, precision)
+    # Written for this product alone, and not before it.
+    dkernel = _dot(awaiting(rows, dy), columns, axes, axes, precision)
     dbias = None if bias is None else dy.astype(jnp.float32).sum(axes).astype(bias.dtype)
     return dx.reshape(x.shape).astype(x.dtype), dkernel.reshape(kernel.shape).astype(kernel.dtype), dbias
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from zoo.kernels.memory import recomputed
 from zoo.layers.attention import MultiHeadAttention
-from zoo.layers.convolution import Conv, GroupNorm, fan_average
+from zoo.layers.convolution import Conv, GroupNorm, fan_average, scaled
 from zoo.layers.dropout import dropout
 from zoo.layers.feedforward import FeedForward
 from zoo.layers.linear import Embed, LayerError, Linear, Precision
@@ -128,18 +128,19 @@ class ResidualBlock(nnx.Module):
         """x [B, Y, X, I], time [B, time_width]: [B, Y, X, O]. key: for dropout; None drops nothing."""
         if (time is None) != (self.time is None):
             raise LayerError("a residual block is called with time if it is made with time_width, else without")
-        h = recomputed(_activated, self.norm_in, self.conv_in, x)
+        h = recomputed(_activated, self.norm_in.coefficients(x), self.conv_in, x)
         if self.time is not None and time is not None:
             h = h + self.time(jax.nn.silu(time))[:, None, None, :]
         h = constrain_image(h)
-        h = recomputed(partial(_activated, rate=self.dropout), self.norm_out, self.conv_out, h, key)
+        h = recomputed(partial(_activated, rate=self.dropout), self.norm_out.coefficients(h), self.conv_out, h, key)
         return constrain_image((x if self.shortcut is None else self.shortcut(x)) + h)
 
 
 def _activated(
-    norm: GroupNorm, conv: Conv, x: jax.Array, key: jax.Array | None = None, *, rate: float = 0.0
+    norm: tuple[jax.Array, jax.Array], conv: Conv, x: jax.Array, key: jax.Array | None = None, *, rate: float = 0.0
 ) -> jax.Array:
-    return conv(dropout(jax.nn.silu(norm(x)), rate, key))
+    """norm: its coefficients for x."""
+    return conv(dropout(jax.nn.silu(scaled(x, norm, conv.precision.compute)), rate, key))
 
 
 class SpatialAttention(nnx.Module):
@@ -161,8 +162,13 @@ class SpatialAttention(nnx.Module):
         )
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        pixels = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
-        return constrain_image(x + self.attention(pixels).output.reshape(x.shape))
+        return constrain_image(x + recomputed(_attended, self.norm.coefficients(x), self.attention, x))
+
+
+def _attended(norm: tuple[jax.Array, jax.Array], attention: MultiHeadAttention, x: jax.Array) -> jax.Array:
+    """norm: its coefficients for x."""
+    pixels = scaled(x, norm, attention.compute).reshape(x.shape[0], -1, x.shape[-1])
+    return attention(pixels).output.reshape(x.shape)
 
 
 class SpatialTransformer(nnx.Module):
@@ -228,4 +234,8 @@ class Upsample(nnx.Module):
         self.conv = Conv(channels, channels, rngs=rngs, precision=precision)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return constrain_image(self.conv(x.repeat(2, axis=1).repeat(2, axis=2)))
+        return constrain_image(recomputed(_enlarged, x, self.conv))
+
+
+def _enlarged(x: jax.Array, conv: Conv) -> jax.Array:
+    return conv(x.repeat(2, axis=1).repeat(2, axis=2))

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from zoo.kernels.memory import gradient_materialized
 from zoo.layers.convolution import Conv, GroupNorm
 from zoo.layers.dropout import split
 from zoo.layers.linear import LayerError, Precision, check_sizes
@@ -331,7 +332,9 @@ def _joined(x: jax.Array, skip: jax.Array) -> jax.Array:
     Said to the partitioner, because with channels cut where C and C' are not equal it gives wrong gradients of the
     kernels that made them, though right ones of all else (jax 0.10.2).
     """
-    return constrain(jnp.concatenate([x, skip], -1), "act_batch", "act_y", "act_x", None)
+    # The gradient of what is handed across is read much later, and would hold all that it is made of until then.
+    joined = jnp.concatenate([x, gradient_materialized(skip)], -1)
+    return constrain(joined, "act_batch", "act_y", "act_x", None)
 
 
 def _attended(attention: Any, x: jax.Array, context: jax.Array | None) -> jax.Array:
