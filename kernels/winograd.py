@@ -2,8 +2,8 @@
 
 Down the image it is their F(4, 3): four rows of the result are 12 products of a row of the image with one of the
 kernel, and as the coefficients of a product of polynomials they follow from its values at 6 points, which are 6
-products of sums of rows. Along the image nothing is saved: one matrix product has each pixel times all three columns of
-a kernel, and the result sums them, shifted.
+products of sums of rows. Along the image nothing is saved: each pixel is multiplied with all three columns of a kernel,
+and the result sums them, shifted.
 
 Points 0, +-3/4, +-3/2 and infinity round 2.2 times as much as the plain sum does; the usual 0, +-1, +-2 and infinity,
 3.2 times (root mean squares over 256 channels; Barabasz et al. 2020, arXiv 1803.10986, say why).
