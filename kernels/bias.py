@@ -104,7 +104,8 @@ def add_gradient(
 ) -> Any:
     """Adds what one block's gradient of the scores [b, n, t, s] gives for the bias.
 
-    consecutive: positions are known to rise by one from query to query, and from key to key.
+    consecutive: positions are known to rise by one from query to query, and from key to key; but for padding, whose
+        scores have no gradient.
     """
     if bias is None:
         return None

@@ -72,10 +72,13 @@ gradient_materialized.defvjp(lambda x: (x, None), lambda _, dy: (materialized(dy
 
 
 def awaiting(x: jax.Array, cause: jax.Array) -> jax.Array:
-    """`x`, not made before `cause` is; on accelerators the compiler schedules for itself.
+    """`x`, written once, and on a single CPU not before `cause` is; on accelerators the compiler chooses.
 
-    What depends on parameters alone, XLA's CPU compiler makes when a program begins, and holds until it is read.
+    What depends on parameters alone, XLA's CPU compiler makes when a program begins, and holds until it is read. On a
+    mesh nothing waits: one number of what is sharded would have to be sent to all.
     """
+    if jax.sharding.get_abstract_mesh().size > 1 or not cause.size:
+        return materialized(x)
 
     def on_cpu(x: jax.Array, cause: jax.Array) -> jax.Array:
         known = jax.lax.optimization_barrier(cause[(0,) * cause.ndim])
@@ -88,7 +91,7 @@ def recomputed(f: Callable[..., jax.Array], told: Any, *arguments: Any) -> jax.A
     """`f(told, *arguments)`, of which the backward pass keeps the arguments alone, and computes the rest again.
 
     As jax.checkpoint has it, which XLA's CPU compiler undoes: outside of loops it merges what is computed twice. Here
-    the second time awaits the gradient, by `told`, a tree of small arrays: what depends on it is what is not kept. On
+    the second time awaits the gradient, by `told`, a tree of arrays: what depends on it is what is not kept. On
     accelerators the compiler chooses.
     """
     return cast(jax.Array, _recomputed(f, told, *arguments))

@@ -5,8 +5,8 @@ outside of the kernels, once for each of the T + S distances, and its gradient i
 scores' gradients along each diagonal. A kernel reads the bias of a visit's distances as rows of 128, lays it out as one
 array of 128 columns of which every 128 columns of a tile are a range of rows, and sums gradients in another such array.
 
-Whether positions that the caller gives are as far apart as their
-places in the arrays, or piece by piece so, as in packed documents, is known only when the program runs.
+Whether positions that the caller gives are as far apart as their places in the arrays, or piece by piece so, as in
+packed documents, is known only when the program runs.
 """
 
 from collections.abc import Callable, Sequence

@@ -193,7 +193,8 @@ def scaled(x: jax.Array, coefficients: tuple[jax.Array, jax.Array], dtype: str) 
 def _moments(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     """x [B, Y, X, C]: the mean and the variance of each channel's group, [B, 1, 1, C].
 
-    With a gradient of its own, which reads x and not its differences from the mean: those would be kept beside it.
+    Over the area first: a group is a few channels, and a sum over both would read a few numbers at a time. With a
+    gradient of its own, which reads x and not its differences from the mean: those would be kept beside it.
     """
     mean = _group_means(x.mean((1, 2)), groups)
     return mean, _group_means(jnp.square(x - mean).mean((1, 2)), groups)
@@ -216,9 +217,6 @@ _moments.defvjp(_moments_forward, _moments_backward)
 
 
 def _group_means(x: jax.Array, groups: int) -> jax.Array:
-    """[B, C] to [B, 1, 1, C]: of each channel's group.
-
-    Area comes first: a group is a few channels, and a sum over both would read a few numbers at a time.
-    """
+    """[B, C] to [B, 1, 1, C]: of each channel's group."""
     means = x.reshape(x.shape[0], groups, -1).mean(-1)
     return jnp.repeat(means, x.shape[-1] // groups, 1)[:, None, None]
